@@ -1,0 +1,322 @@
+"""What a training step costs, against its limit and against the uncached way.
+
+    python benchmarks/train.py                                   # the miniature, on the CPU: about three minutes
+    python benchmarks/train.py --shape sd15 --steps 100          # SD 1.5's shape with random weights, no download
+
+Three ways take turns, each in a process of its own, over several rounds:
+  bare      forward, backward and optimizer of the same U-Net and LoRA on tensors that never change: the limit
+  ours      train_lora.train as users run it
+  uncached  VAE and text encoder in every step, and a DataLoader worker per epoch, as tutorials do it
+Prints a table and, last, one JSON line: medians of seconds per step and peak memory, and ratios round by round.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+WAYS = ("bare", "ours", "uncached")
+BLOCK = 10  # steps per timing, as train_lora fetches its losses every ten steps
+PHOTO = ROOT / "dataset" / "mountain" / "mountain.jpg"
+CAPTION = "a photo of rocky mountains at noon with a forest"
+
+SD15_UNET = dict(
+    sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
+)
+SD15_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    latent_channels=4,
+    sample_size=512,
+)
+SD15_TEXT = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=77,
+)
+
+
+def build_sd15(folder: Path) -> None:
+    """A base of Stable Diffusion 1.5's shape with random weights, in half precision; the miniature's tokenizer."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(
+        ROOT / "ckpt/miniature", subfolder="tokenizer", model_max_length=77
+    )
+    text_config = CLIPTextConfig(
+        vocab_size=49408, bos_token_id=197, eos_token_id=198, pad_token_id=198, **SD15_TEXT
+    )
+    pipe = StableDiffusionPipeline(
+        AutoencoderKL(**SD15_VAE),
+        CLIPTextModel(text_config),
+        tokenizer,
+        UNet2DConditionModel(**SD15_UNET),
+        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    pipe.to(torch.float16).save_pretrained(folder)
+
+
+def settings(args: argparse.Namespace, folder: str) -> list[str]:
+    side = 128 if args.shape == "miniature" else 512
+    return [
+        f"pretrained_model_name_or_path={args.base}",
+        f"data_dir={ROOT / 'dataset/mountain'}",
+        f"output_dir={folder}",
+        f"resolution={side}",
+        f"n_epochs={args.steps}",
+        f"mixed_precision={args.precision}",
+        f"logging_steps={min(BLOCK, args.steps)}",
+        "cache_dir=" + str(Path(args.base).parent / "cache")
+        if args.shape == "sd15"
+        else f"cache_dir={folder}/cache",
+        "sample_steps=0",
+        "validation_steps=0",
+        "report_to=null",
+        "checkpointing_steps=1000000",
+    ]
+
+
+def time_ours(args: argparse.Namespace) -> list[float]:
+    from lorakit.config import load_config
+    from lorakit.plan import make_plan
+    from train_lora import TrainConfig, train
+
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = load_config(TrainConfig, None, settings(args, folder)).config
+        run = Path(folder) / "run"
+        train(cfg, make_plan(cfg), run)
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [1 / r["images_per_second"] for r in records]
+
+
+def set_up(args: argparse.Namespace):
+    """Accelerator, base with LoRA, and what both hand-written loops train with."""
+    import torch
+    from accelerate import Accelerator
+
+    from lorakit.base import inspect_base
+    from lorakit.lora import add_lora
+    from lorakit.models import Base, compute_dtype, set_up_backend
+    from lorakit.training import resolve_precision
+
+    precision = resolve_precision(args.precision)
+    accelerator = Accelerator(mixed_precision=precision)
+    set_up_backend(accelerator.device.type)
+    base = Base(inspect_base(args.base), accelerator.device, compute_dtype(precision))
+    params = add_lora(base.unet, rank=8, alpha=8)
+    base.unet.train()
+    fused = accelerator.device.type in ("cpu", "cuda")
+    unet, optimizer = accelerator.prepare(base.unet, torch.optim.AdamW(params, lr=1e-4, fused=fused))
+    return accelerator, base, unet, optimizer, params
+
+
+def timed_blocks(args: argparse.Namespace, accelerator, step) -> list[float]:
+    import torch
+
+    seconds = []
+    for start in range(0, args.steps, BLOCK):
+        count = min(BLOCK, args.steps - start)
+        begin = time.perf_counter()
+        for _ in range(count):
+            step()
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - begin) / count)
+    return seconds
+
+
+def time_bare(args: argparse.Namespace) -> list[float]:
+    import torch
+
+    accelerator, base, unet, optimizer, params = set_up(args)
+    side, width = base.unet.config.sample_size, base.unet.config.cross_attention_dim
+    latents, noise = torch.randn(2, 1, 4, side, side, device=base.device)
+    embeds = torch.randn(1, base.info.max_tokens, width, device=base.device)
+    timestep = torch.tensor([500], device=base.device)
+
+    def step() -> None:
+        loss = torch.nn.functional.mse_loss(unet(latents, timestep, embeds).sample.float(), noise)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed_blocks(args, accelerator, step)
+
+
+class OnePicture:
+    """A data set of one picture, read and transformed each time it is shown."""
+
+    def __init__(self, side: int):
+        self.side = side
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        import torch
+        from PIL import Image
+        from torchvision import transforms
+
+        transform = transforms.Compose(
+            [
+                transforms.Resize(self.side),
+                transforms.RandomCrop(self.side),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5], [0.5]),
+            ]
+        )
+        return transform(Image.open(PHOTO).convert("RGB")), torch.zeros((), dtype=torch.long)
+
+
+def time_uncached(args: argparse.Namespace) -> list[float]:
+    import torch
+    from torch.utils.data import DataLoader
+
+    accelerator, base, unet, optimizer, params = set_up(args)
+    loader = DataLoader(
+        OnePicture(base.unet.config.sample_size * base.info.vae_factor),
+        batch_size=1,
+        shuffle=True,
+        num_workers=1,
+    )
+    scheduler = base.scheduler
+
+    def step() -> None:  # one epoch is one step: a worker starts, reads the picture, and ends
+        for pixels, _ in loader:
+            with torch.no_grad():
+                latents = base.vae.encode(pixels.to(base.device)).latent_dist.sample() * base.scaling_factor
+                embeds = base.text_encoder(base.tokenize([CAPTION]))[0].float()
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, 1000, (1,), device=base.device)
+            prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
+            loss = torch.nn.functional.mse_loss(prediction.float(), noise)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+    return timed_blocks(args, accelerator, step)
+
+
+def run_one(args: argparse.Namespace) -> None:
+    """One way in this process: seconds per step by block, the first one dropped as warm-up, and peak memory."""
+    import torch
+
+    seconds = {"bare": time_bare, "ours": time_ours, "uncached": time_uncached}[args.one](args)
+    gpu = torch.cuda.is_available()
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    print(json.dumps({"seconds": statistics.median(seconds[1:] or seconds), "peak_bytes": peak}))
+
+
+def one_step_run(args: argparse.Namespace, folder: str) -> float:
+    """Seconds of a whole train_lora.py process that does one step and writes its file."""
+    command = [
+        sys.executable,
+        str(ROOT / "train_lora.py"),
+        str(ROOT / "cfg/mountain.json"),
+        *settings(args, folder),
+    ]
+    begin = time.perf_counter()
+    subprocess.run(
+        [*command, "max_train_steps=1", "overwrite=true"], check=True, capture_output=True, cwd=ROOT
+    )
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=("miniature", "sd15"), default="miniature")
+    parser.add_argument("--steps", type=int, default=60, help="steps per way and round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=("auto", "no", "fp16", "bf16"), default="auto")
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--base", default=str(ROOT / "ckpt/miniature"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return run_one(args)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape == "sd15":
+            args.base = f"{folder}/sd15"
+            build_sd15(Path(args.base))
+        first = {"cold caches": one_step_run(args, folder), "warm caches": one_step_run(args, folder)}
+        results = {way: [] for way in WAYS}
+        for _ in range(args.rounds):
+            for way in WAYS:
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--one",
+                    way,
+                    "--shape",
+                    args.shape,
+                    "--steps",
+                    str(args.steps),
+                ]
+                command += ["--precision", args.precision, "--base", args.base]
+                out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+                results[way].append(json.loads(out.splitlines()[-1]))
+    report(args, results, first)
+
+
+def report(args: argparse.Namespace, results: dict[str, list[dict]], first: dict[str, float]) -> None:
+    import torch
+
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    summary = {
+        "benchmark": "train",
+        "shape": args.shape,
+        "device": device,
+        "torch": torch.__version__,
+        "steps": args.steps,
+    }
+    print(f"{args.shape} on {device}, batch 1, {args.steps} steps, median of {args.rounds} rounds")
+    for way in WAYS:
+        seconds = statistics.median(r["seconds"] for r in results[way])
+        peak = max(r["peak_bytes"] for r in results[way]) / 1e6
+        ratios = [r["seconds"] / b["seconds"] for r, b in zip(results[way], results["bare"], strict=True)]
+        summary[way] = {
+            "ms": round(seconds * 1e3, 2),
+            "images_per_second": round(1 / seconds, 2),
+            "peak_mb": round(peak),
+        }
+        summary[way]["ratio_to_bare"] = round(statistics.median(ratios), 3)
+        print(
+            f"  {way:9s} {seconds * 1e3:8.1f} ms/step {1 / seconds:7.2f} images/s {peak:7.0f} MB  x{statistics.median(ratios):.2f}"
+        )
+    summary["one_step_run_s"] = {name: round(seconds, 2) for name, seconds in first.items()}
+    print("  a whole run of one step: " + ", ".join(f"{s:.1f} s with {name}" for name, s in first.items()))
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

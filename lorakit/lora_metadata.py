@@ -1,0 +1,187 @@
+"""The metadata of LoRA files: what other tools and our own read there, as text; no tensors, no torch."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+Component = Literal["unet", "text_encoder"]
+
+_ADAPTER_KEY = "lora_adapter_metadata"
+
+
+# ---- alpha in the diffusers layout ----
+
+
+def adapter_metadata(
+    facts: Mapping[tuple[Component, str], tuple[int, float]], with_dora: Collection[Component]
+) -> dict[str, str]:
+    """The fields of PEFT's LoraConfig that a reader needs and no more: an unknown field makes it fail.
+
+    Args:
+        facts: (component, dotted module name) -> (rank, alpha).
+        with_dora: the components whose modules carry DoRA magnitudes.
+    """
+    result: dict[str, Any] = {}
+    for component in sorted({component for component, _ in facts}):
+        # Targets match by suffix, so that without `text_model.` they fit both forms of CLIPTextModel.
+        own = {
+            dotted.removeprefix("text_model."): (rank, int(alpha) if float(alpha).is_integer() else alpha)
+            for (model, dotted), (rank, alpha) in facts.items()
+            if model == component
+        }
+        fields: dict[str, Any] = {"target_modules": sorted(own), "use_dora": component in with_dora}
+        for index, (key, pattern) in enumerate((("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))):
+            usual = Counter(pair[index] for pair in own.values()).most_common(1)[0][0]
+            fields[key] = usual
+            fields[pattern] = {name: pair[index] for name, pair in own.items() if pair[index] != usual}
+        result |= {
+            f"{component}.{key}": value for key, value in fields.items() if value or key == "lora_alpha"
+        }
+    return {_ADAPTER_KEY: json.dumps(result, sort_keys=True)}
+
+
+class AdapterAlphas:
+    """Alpha by module, as a file's PEFT metadata tells; fields that do not bear on alpha are ignored.
+
+    Raises:
+        ValueError, TypeError, AttributeError: the metadata does not read as a LoraConfig.
+    """
+
+    def __init__(self, metadata: Mapping[str, str]):
+        fields = {**json.loads(metadata.get(_ADAPTER_KEY, "{}"))}
+        self._configs: dict[Component, dict[str, Any]] = {}
+        places: tuple[tuple[Component, str], ...] = (
+            ("unet", ""),
+            ("unet", "unet."),
+            ("text_encoder", "text_encoder."),
+        )
+        for component, prefix in places:
+            if f"{prefix}lora_alpha" in fields:
+                patterns = fields.get(f"{prefix}alpha_pattern") or {}
+                self._configs[component] = {
+                    "alpha": _finite(fields[f"{prefix}lora_alpha"]),
+                    "patterns": {_plain(key): _finite(value) for key, value in patterns.items()},
+                    "rslora": bool(fields.get(f"{prefix}use_rslora")),
+                }
+
+    def alpha(self, component: Component, dotted: str, rank: int) -> float:
+        """PEFT's rule: a pattern names the end of a module's path; without metadata alpha is the rank.
+
+        rsLoRA scales by alpha / sqrt(rank): its alpha is turned into that of the common alpha / rank.
+        """
+        config = self._configs.get(component)
+        if config is None:
+            return float(rank)
+        fits = (alpha for key, alpha in config["patterns"].items() if f".{dotted}".endswith(f".{key}"))
+        alpha = next(fits, config["alpha"])
+        return alpha * math.sqrt(rank) if config["rslora"] else alpha
+
+
+def _finite(number: Any) -> float:
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no alpha")
+    return float(number)
+
+
+def _plain(pattern: str) -> str:
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not re.fullmatch(r"[\w.]+", name):
+        raise ValueError(f"{pattern} is not the name of a module")
+    return name
+
+
+# ---- training ----
+
+# Where a run writes and how it was restarted leave the weights as they are, so the file must not show them.
+_RUN_KEYS = {
+    "allow_data_change",
+    "cache_dir",
+    "log_dir",
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "sample_prompts",
+}
+_SS_FROM_CONFIG = {
+    "ss_learning_rate": "learning_rate",
+    "ss_lr_scheduler": "lr_scheduler_name",
+    "ss_min_snr_gamma": "snr_gamma",
+    "ss_mixed_precision": "mixed_precision",
+    "ss_noise_offset": "noise_offset",
+    "ss_optimizer": "optimizer",
+    "ss_seed": "seed",
+}
+
+
+def training_metadata(
+    *,
+    name: str,
+    rank: int,
+    alpha: float,
+    config: Mapping[str, Any],
+    base_name: str,
+    cross_attention_dim: int,
+    prediction_type: str,
+    resolution: int,
+    steps: int,
+    epochs: int,
+    num_images: int,
+) -> dict[str, str]:
+    """What A1111, ComfyUI and kohya's tools show of a file, ModelSpec 1.0.1, and our `lorakit.config`.
+
+    No times, absolute paths or captions: a LoRA file is a pure function of config, data and versions, and
+    names no person. An absolute path in the config keeps its last part only.
+
+    Args:
+        config: resolved, as JSON types; a run's folders and `resume_from_checkpoint` are left out.
+        cross_attention_dim: of the U-Net; 1024 marks SD 2.x.
+        prediction_type: of the scheduler: "epsilon", "v_prediction" or "sample".
+        resolution: pixels.
+    """
+    is_v2, is_v = cross_attention_dim == 1024, prediction_type == "v_prediction"
+    size = f"{resolution}x{resolution}"
+    family = (
+        ("stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512")
+        if is_v2
+        else "stable-diffusion-v1"
+    )
+    kept = {key: _without_folders(value) for key, value in config.items() if key not in _RUN_KEYS}
+    ss_from_config = {ss: str(kept[key]) for ss, key in _SS_FROM_CONFIG.items() if kept.get(key) is not None}
+    return ss_from_config | {
+        "ss_output_name": name,
+        "ss_v2": str(is_v2),
+        "ss_base_model_version": ("sd_v2" if is_v2 else "sd_v1") + ("_v" if is_v else ""),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": "{}",
+        "ss_sd_model_name": _without_folders(base_name),
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_steps": str(steps),
+        "ss_max_train_steps": str(steps),
+        "ss_epoch": str(epochs),
+        "ss_num_train_images": str(num_images),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.resolution": size,
+        "modelspec.prediction_type": "v" if is_v else prediction_type,
+        "lorakit.config": json.dumps(kept, sort_keys=True, ensure_ascii=False),
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    windows = PureWindowsPath(value)
+    is_private = PurePosixPath(value).is_absolute() or windows.is_absolute() or value.startswith("~")
+    return windows.name if is_private else value

@@ -1,0 +1,232 @@
+"""A base model's parts, loaded when first touched, with the project's policy for dtype, device and attention.
+
+Images are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w) are scaled by the VAE's `scaling_factor`; prompt_embeds are
+the text encoder's last hidden states (B, L, D).
+"""
+
+import logging
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakit.base import WEIGHTS, BaseError, BaseInfo, describe_base, inspect_base
+from lorakit.schedule import NoiseSchedule
+
+# The sampler of everything that must be repeatable and invertible, whatever scheduler the base ships (PNDM in SD 1.5).
+DDIM = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading")
+
+
+class Base:
+    """The parts of one base model: `unet` and `text_encoder` in `dtype`, `vae` always in float32.
+
+    Args:
+        info: what lorakit.base.inspect_base found. A hub id is downloaded here, a single file is read here.
+        device: where the parts live once loaded.
+        dtype: compute dtype of the frozen U-Net and text encoder.
+
+    Raises:
+        BaseError: the hub cannot be reached, or the files are not a Stable Diffusion 1.x/2.x.
+    """
+
+    def __init__(
+        self, info: BaseInfo, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
+        _quiet()
+        self.device, self.dtype = torch.device(device), dtype
+        self.info = (
+            info if info.known else _download(info, dtype) if info.kind == "hub" else _read_whole(info)
+        )
+
+    @cached_property
+    def unet(self):
+        from diffusers import UNet2DConditionModel
+
+        unet = self._load(UNet2DConditionModel, "unet", self.dtype)
+        return unet.to(self.device, memory_format=torch.channels_last)
+
+    @cached_property
+    def vae(self):
+        from diffusers import AutoencoderKL
+
+        vae = self._load(AutoencoderKL, "vae", torch.float32)
+        return vae.to(self.device, memory_format=torch.channels_last)
+
+    @cached_property
+    def text_encoder(self):
+        from transformers import CLIPTextModel
+
+        return self._load(CLIPTextModel, "text_encoder", self.dtype).to(self.device)
+
+    @cached_property
+    def tokenizer(self):
+        from transformers import CLIPTokenizer
+
+        return self._load(CLIPTokenizer, "tokenizer")
+
+    @cached_property
+    def scheduler(self):
+        """The base's noise schedule as a DDIM sampler."""
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler.from_config(self._load(DDIMScheduler, "scheduler").config, **DDIM)
+
+    def noise_schedule(self, prediction_type: str | None = None) -> NoiseSchedule:
+        return NoiseSchedule.from_scheduler(self.scheduler, prediction_type)
+
+    def _load(self, cls, part: str, dtype: torch.dtype | None = None):
+        """One part; a model comes frozen and in eval mode."""
+        if self.info.kind == "file":
+            model = getattr(_single_file(self.info.name), part)
+        else:
+            options: dict = {"subfolder": part}
+            if dtype is not None:
+                options |= {"dtype": dtype, "use_safetensors": True}
+                options["variant"] = "fp16" if ".fp16." in self.info.files[part].name else None
+            try:
+                model = cls.from_pretrained(str(self.info.root), **options)
+            except (OSError, ValueError) as error:
+                raise BaseError(f"{self.info.root}/{part}: cannot be loaded: {error}") from None
+        return model if dtype is None else model.to(dtype).requires_grad_(False).eval()
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.info.configs["vae"]["scaling_factor"]
+
+    # The two ends of a latent diffusion model
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Moments of the VAE's posterior, (B, 2C, h, w): mean and log-variance, unscaled, float32."""
+        image = image.to(self.vae.device, torch.float32).contiguous(memory_format=torch.channels_last)
+        return self.vae.encode(image).latent_dist.parameters
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) from scaled latents, float32."""
+        latents = latents.to(self.vae.device, torch.float32) / self.scaling_factor
+        return self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token ids (B, L) on the device, padded and cut to the tokenizer's own length."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=min(self.tokenizer.model_max_length, self.info.max_tokens),
+            truncation=True,
+            return_tensors="pt",
+        )
+        return tokens.input_ids.to(self.device)
+
+
+def posterior_sample(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
+    """Scaled latents drawn from the VAE's posterior (Kingma & Welling 2014, sec. 2.4), shape of `noise`."""
+    mean, logvar = moments.chunk(2, dim=-3)
+    return (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise) * scaling_factor
+
+
+def _download(info: BaseInfo, dtype: torch.dtype) -> BaseInfo:
+    """Fetch the parts of a hub base that are used; the half-precision weights where the dtype wants them."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        names = HfApi().list_repo_files(info.name)
+        half = dtype != torch.float32 and f"unet/{WEIGHTS['unet']}.fp16.safetensors" in names
+        weights = (
+            ["*/*.fp16.safetensors"]
+            if half
+            else [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
+        )
+        root = snapshot_download(info.name, allow_patterns=["*/*.json", "*/*.txt", *weights])
+    except Exception as error:  # offline, gated, no such repository: the hub's message says which
+        raise BaseError(
+            f"{info.name}: cannot be fetched from the hub ({str(error).splitlines()[0]}). Without a network, name a "
+            "local folder or file instead; the embedded base is ckpt/miniature"
+        ) from None
+    return inspect_base(root)
+
+
+def _read_whole(info: BaseInfo) -> BaseInfo:
+    pipe = _single_file(info.name)
+    configs = {part: dict(getattr(pipe, part).config) for part in ("unet", "vae", "scheduler")}
+    configs["text_encoder"] = pipe.text_encoder.config.to_dict()
+    counts = {part: getattr(pipe, part).num_parameters() for part in ("unet", "vae", "text_encoder")}
+    files = dict.fromkeys(counts, Path(info.name))
+    return describe_base(info.name, "file", Path(info.name), configs, files, counts)
+
+
+@cache
+def _single_file(name: str):
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        return StableDiffusionPipeline.from_single_file(name, dtype=torch.float32, safety_checker=None)
+    except Exception as error:  # diffusers raises a dozen kinds here, among them network errors
+        raise BaseError(
+            f"{name}: cannot be read as a Stable Diffusion 1.x/2.x checkpoint ({error}). Its configs come from the "
+            "hub on first use; without a network, convert it to a diffusers folder first"
+        ) from None
+
+
+def compute_dtype(mixed_precision: str) -> torch.dtype:
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+
+
+def set_up_backend(device_type: str, *, allow_tf32: bool = True, deterministic: bool = False) -> None:
+    """Process-wide settings, to be made before the first kernel runs.
+
+    Denormals are flushed: a flat picture region makes them, and they slow convolution backward fivefold on CPUs.
+    Threads started later inherit that mode, so it comes first.
+    """
+    torch.set_flush_denormal(True)
+    if device_type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def enable_xformers(unet) -> str | None:
+    """Use xformers' attention where a probe kernel really runs; otherwise return why SDPA is used instead."""
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError:
+        return "xformers is not installed (requirements-xformers.txt)"
+    if unet.device.type != "cuda":
+        return f"xformers has no kernels for {unet.device.type}"
+    try:
+        probe = torch.zeros(1, 16, 2, 32, device=unet.device, dtype=torch.float16)
+        memory_efficient_attention(probe, probe, probe)
+        unet.enable_xformers_memory_efficient_attention()
+    except (
+        Exception
+    ) as error:  # an extension built for another torch raises NotImplementedError, RuntimeError, …
+        return f"xformers cannot run here ({str(error).splitlines()[0]})"
+    return None
+
+
+def _quiet() -> None:
+    """Loading bars and advice of the libraries say nothing that a user of this toolkit can act on."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+@contextmanager
+def evaluating(*models):
+    """Eval mode and no gradients inside; outside, every module is in the mode that it was in before."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

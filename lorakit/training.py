@@ -1,0 +1,374 @@
+"""The parts that the loop in train_lora.py puts together: precision, optimizer, learning rate, data, checkpoints."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+
+from lorakit import lora
+from lorakit.base import weights_hash
+from lorakit.data import Augmentation, Latents, TrainingData, cache_latents, cache_text_states, sample_order
+from lorakit.errors import OutputError
+from lorakit.folder import Table
+from lorakit.lora_check import verify_file, verify_in_diffusers
+from lorakit.lora_file import LoraPair, component_of, lora_bytes, read_lora
+from lorakit.lora_metadata import training_metadata
+from lorakit.models import Base
+from lorakit.optimizer_state import pack_optimizer, unpack_optimizer
+from lorakit.plan import Plan, Views, training_views, validation_views
+from lorakit.publish import publish_file
+from lorakit.resume import STATE_VERSION, read_state
+from lorakit.runs import checkpoints, publish_checkpoint
+from lorakit.tensors import serialize
+from lorakit.watch import SampleSheet
+
+log = logging.getLogger(__name__)
+Modules = dict[str, LoraPair]
+
+
+# ---- processes, precision, optimizer ---------------------------------------------------------------------------
+
+
+def resolve_precision(mixed_precision: str) -> str:
+    """ "auto" is what the launcher was told, else bf16 (or fp16) on a CUDA GPU, else float32."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if told != "no" or not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU"):
+        return told
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def make_optimizer(cfg: Any, groups: list[dict]) -> torch.optim.Optimizer:
+    """The optimizer over parameter groups that carry their own learning rate; optional packages are checked before."""
+    common = {
+        "betas": (cfg.adam_beta1, cfg.adam_beta2),
+        "weight_decay": cfg.adam_weight_decay,
+        "eps": cfg.adam_epsilon,
+    }
+    if cfg.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **common)
+    if cfg.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(groups, safeguard_warmup=cfg.lr_warmup_steps > 0, **common)
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, fused=fused, **common)
+
+
+def learning_rate_schedule(cfg: Any, steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at each step, a pure function of the step: nothing to save or to restore.
+
+    The formulas are diffusers'; several processes do not make it run faster, as accelerate's own wrapper would.
+    """
+    from diffusers.optimization import get_scheduler
+
+    scheduler = get_scheduler(
+        cfg.lr_scheduler_name,
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=cfg.learning_rate or 1.0),
+        step_rules=cfg.lr_step_rules,
+        num_warmup_steps=cfg.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=cfg.lr_num_cycles,
+        power=cfg.lr_power,
+    )
+    return scheduler.lr_lambdas[0]
+
+
+def adapter_options(cfg: Any, part: str) -> dict[str, Any]:
+    """Arguments of lora.add_lora. The text encoder takes the preset of the U-Net, or its attention for a list."""
+    targets = cfg.target_modules
+    if part == "text_encoder" and not isinstance(targets, str):
+        targets = "attention"
+    return {
+        "targets": targets if isinstance(targets, str) else list(targets),
+        "rank": cfg.rank,
+        "alpha": cfg.lora_alpha or cfg.rank,
+        "dropout": cfg.lora_dropout,
+        "use_dora": cfg.use_dora,
+        "use_rslora": cfg.use_rslora,
+        "init": cfg.init_lora_weights,
+        "seed": cfg.seed,
+    }
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    cfg: Any,
+    plan: Plan,
+    base: Base,
+    accelerator,
+    text_encoder,
+    run: Path,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[TrainingData, TrainingData, SampleSheet]:
+    """Fill the caches and return training data, validation data, and the sheet of samples.
+
+    Every process encodes its share of the pictures. `between` is called after each.
+    """
+    prompts = cfg.sample_prompts or tuple(dict.fromkeys(row.caption for row in plan.table.rows))[:2]
+    data = _cached(
+        cfg, plan, base, accelerator, plan.table, plan.shapes, training_views(cfg, plan), prompts, between
+    )
+    validation = data
+    if plan.validation is not None:
+        views = validation_views(plan)
+        validation = _cached(
+            cfg, plan, base, accelerator, plan.validation, plan.validation_shapes, views, (), between
+        )
+
+    def embed() -> tuple[torch.Tensor, torch.Tensor]:
+        if text_encoder is None:
+            return torch.stack([data.text_states[p] for p in prompts]), data.text_states[""][None]
+        states = text_encoder(base.tokenize([*prompts, ""]))[0]
+        return states[:-1], states[-1:]
+
+    sheet = SampleSheet(
+        run / "samples",
+        base,
+        text_encoder,
+        prompts,
+        embed,
+        seeds=cfg.sample_seeds,
+        shape=plan.shapes[0] if len(set(plan.shapes)) == 1 else (plan.resolution, plan.resolution),
+        steps=cfg.sample_inference_steps,
+        guidance_scale=cfg.sample_guidance_scale,
+    )
+    return data, validation, sheet
+
+
+def _cached(
+    cfg, plan, base, accelerator, table: Table, shapes, rows: Views, prompts, between
+) -> TrainingData:
+    vae_hash, text_hash = (weights_hash(base.info.files[part]) for part in ("vae", "text_encoder"))
+    views = [view for row in rows for view in row]
+    cache_latents(
+        views[accelerator.process_index :: accelerator.num_processes],
+        base,
+        plan.cache_dir,
+        vae_hash,
+        image_options={"max_pixels": cfg.max_image_pixels},
+        threads=cfg.dataloader_num_workers,
+        between=between,
+    )
+    accelerator.wait_for_everyone()
+    prompts = list(dict.fromkeys(["", *prompts, *(row.caption for row in table.rows)]))
+    states, ids = None, None
+    if cfg.train_text_encoder:
+        ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
+    else:
+        states = cache_text_states(prompts, base, plan.cache_dir, text_hash)
+    return TrainingData(
+        table,
+        shapes,
+        Latents([view.entry(plan.cache_dir, vae_hash) for view in views], base.device, _budget(base.device)),
+        [len(row) for row in rows],
+        base,
+        text_states=states,
+        token_ids=ids,
+        augmentation=Augmentation(cfg.noise_offset, cfg.caption_dropout),
+        num_timesteps=base.scheduler.config.num_train_timesteps,
+        seed=cfg.seed,
+    )
+
+
+def _budget(device: torch.device) -> tuple[int, int]:
+    """Bytes of latents that may lie on the device and in memory: a quarter and a half of what is free."""
+    memory = 4 << 30
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
+    return on_device // 4, memory // 2
+
+
+def order_of(cfg: Any, plan: Plan):
+    """Row numbers (steps, total_batch); see lorakit.data.sample_order."""
+    return sample_order(cfg.seed, plan.shapes, plan.total_batch, plan.steps)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def live_modules(unet, text_encoder) -> dict[str, LoraPair]:
+    """A copy of the LoRA as it stands, by kohya name."""
+    return lora.extract(unet, "unet") | (
+        {} if text_encoder is None else lora.extract(text_encoder, "text_encoder")
+    )
+
+
+def save_checkpoint(
+    run: Path, state: dict[str, Any], unet, text_encoder, optimizer, scaler, best: Modules | None
+) -> Path:
+    """Publish `checkpoint-<step>`: LoRA, optimizer and counters as safetensors and JSON; randomness needs no state."""
+    tensors, packed = pack_optimizer(optimizer.state_dict())
+    state = state | {
+        "version": STATE_VERSION,
+        "optimizer": packed,
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "libraries": {
+            name: version(name) for name in ("torch", "diffusers", "peft", "accelerate", "transformers")
+        },
+    }
+    files = {
+        "lora.safetensors": lora_bytes(live_modules(unet, text_encoder), layout="diffusers", metadata={}),
+        "optimizer.safetensors": serialize(tensors, {}),
+        "state.json": json.dumps(state, indent=1).encode(),
+    }
+    if best is not None:
+        files["best.safetensors"] = lora_bytes(best, layout="diffusers", metadata={})
+    return publish_checkpoint(run, state["step"], files)
+
+
+def load_checkpoint(
+    folder: Path, unet, text_encoder, optimizer, scaler
+) -> tuple[dict[str, Any], Modules | None]:
+    """Put a verified checkpoint back; return its counters and the best LoRA so far."""
+    state = read_state(folder)
+    insert_modules(read_lora(folder / "lora.safetensors").modules, unet, text_encoder)
+    tensors = load_tensors((folder / "optimizer.safetensors").read_bytes())
+    optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    best = folder / "best.safetensors"
+    return state, read_lora(best).modules if best.exists() else None
+
+
+def insert_modules(modules: Modules, unet, text_encoder) -> None:
+    """Put a LoRA into the live layers, exactly."""
+    for part, model in (("unet", unet), ("text_encoder", text_encoder)):
+        own = {name: pair for name, pair in modules.items() if component_of(name) == part}
+        if model is not None:
+            lora.insert(model, part, own)
+
+
+# ---- LoRA files ------------------------------------------------------------------------------------------------
+
+
+def write_lora(
+    path: Path, cfg: Any, plan: Plan, modules: Modules, step: int, layout: str | None = None
+) -> None:
+    """Publish one LoRA file, read it back and compare. Its bytes follow from config, data and versions alone."""
+    layout = layout or ("diffusers" if cfg.save_format == "diffusers" else "kohya")
+    base, pictures = plan.base, len(plan.table.rows)
+    metadata = training_metadata(
+        name=cfg.ckpt_name,
+        rank=cfg.rank,
+        alpha=cfg.lora_alpha or cfg.rank,
+        config=cfg.model_dump(mode="json"),
+        base_name=base.name,
+        cross_attention_dim=base.cross_attention_dim,
+        prediction_type=cfg.prediction_type or base.prediction_type,
+        resolution=plan.resolution,
+        steps=step,
+        epochs=step * plan.total_batch // pictures,
+        num_images=pictures,
+    )
+    dtype = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[cfg.save_dtype]
+    publish_file(path, lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata))
+    verify_file(path, modules, dtype)
+
+
+def publish_lora(cfg: Any, plan: Plan, base: Base, modules: Modules, step: int) -> list[Path]:
+    """Write the LoRA file (two for save_format "both") and load each through diffusers beside the live one.
+
+    Raises:
+        OutputError: what diffusers makes of the file is not what was trained.
+    """
+    final = Path(cfg.output_dir) / f"{cfg.ckpt_name}.safetensors"
+    paths = {final: "diffusers" if cfg.save_format == "diffusers" else "kohya"}
+    if cfg.save_format == "both":
+        paths[final.with_name(f"{cfg.ckpt_name}_diffusers.safetensors")] = "diffusers"
+    text_encoder = base.text_encoder if cfg.train_text_encoder else None
+    insert_modules(modules, base.unet, text_encoder)
+    for path, layout in paths.items():
+        write_lora(path, cfg, plan, modules, step, layout)
+        difference = verify_in_diffusers(path, base.unet, text_encoder)
+        exact = cfg.save_dtype == "float32" and base.dtype == torch.float32
+        if difference > (1e-4 if exact else 0.1):
+            raise OutputError(
+                f"{path}: diffusers reads something else from it (output differs by {difference:.3g})"
+            )
+    return list(paths)
+
+
+# ---- small decisions of the loop -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Due:
+    """The steps, counted from 1, after which something happens; the last step has all three."""
+
+    checkpoint: frozenset[int]
+    validation: frozenset[int]
+    sample: frozenset[int]
+
+    @property
+    def any(self) -> frozenset[int]:
+        return self.checkpoint | self.validation | self.sample
+
+
+def due_steps(cfg: Any, steps: int) -> Due:
+    def every(interval: int | None, times: int) -> frozenset[int]:
+        if interval == 0:
+            return frozenset()
+        interval = interval or max(1, steps // times)
+        return frozenset({*range(interval, steps + 1, interval), steps})
+
+    return Due(every(cfg.checkpointing_steps, 1), every(cfg.validation_steps, 10), every(cfg.sample_steps, 4))
+
+
+def gradient_sync(accelerator, student, text_student, last: bool) -> contextlib.AbstractContextManager:
+    """Gradients are exchanged between processes in the last micro-batch of a step only."""
+    stack = contextlib.ExitStack()
+    for model in (student, text_student):
+        if model is not None and not last:
+            stack.enter_context(accelerator.no_sync(model))
+    return stack
+
+
+def any_process(accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any process, so that all stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+def start_trackers(cfg: Any, accelerator) -> None:
+    """Start TensorBoard or what `report_to` names; one that cannot start is a warning."""
+    if not cfg.report_to:
+        return
+    config = {
+        key: value if isinstance(value, (int, float, str)) else str(value)
+        for key, value in cfg.model_dump().items()
+    }
+    try:
+        accelerator.init_trackers(cfg.ckpt_name, config=config)
+    except Exception as error:  # a read-only folder, no network, no login: each tracker raises its own kind
+        log.warning("report_to %s cannot start, training goes on without: %s", cfg.report_to, error)
+        accelerator.trackers = []
+
+
+def diverged(cfg: Any, plan: Plan, run: Path, data: TrainingData, order, step: int, lr_factor) -> str:
+    """What is known of the step whose loss or gradient was not finite."""
+    rows = order[step - 1]
+    samples = data.describe(rows, range((step - 1) * plan.total_batch, step * plan.total_batch))
+    kept = checkpoints(run)
+    return (
+        f"step {step}: the loss or its gradient is not finite, at learning rate {cfg.learning_rate * lr_factor(step - 1):.3g}. "
+        f"Its samples: {samples}. Nothing of it was saved; "
+        + (f"the last checkpoint is {kept[-1][1]}. " if kept else "there is no checkpoint yet. ")
+        + "Lower learning_rate, or look at these pictures"
+        + ("; or take bf16 instead of fp16" if cfg.mixed_precision == "fp16" else "")
+    )

@@ -1,0 +1,202 @@
+"""What is seen of a run while it trains: metrics, validation loss, sample sheets. None of it touches the training.
+
+The loss of one random timestep is noise. What is shown is a running mean, and what judges is the loss at fixed
+timesteps with fixed noise.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lorakit import randomness
+from lorakit.data import TrainingData
+from lorakit.images import contact_sheet, from_array, save_png
+from lorakit.lora import lora_disabled
+from lorakit.models import Base, evaluating
+from lorakit.objectives import OBJECTIVES
+from lorakit.runs import MetricsFile
+from lorakit.schedule import NoiseSchedule
+
+log = logging.getLogger(__name__)
+SMOOTHING = 0.98  # of the running mean, per step
+
+
+class Metrics:
+    """Losses and gradient norms, fetched from the device every few steps and not at each, so that no step waits.
+
+    Args:
+        accelerator: reduces over processes and forwards to trackers.
+        path: metrics.jsonl.
+        bar: a tqdm bar.
+        images: pictures per step.
+        smoothed: the running mean so far, from a checkpoint.
+    """
+
+    def __init__(self, accelerator, path: Path, bar, images: int, smoothed: float | None = None):
+        self.accelerator, self.file, self.bar, self.images = accelerator, MetricsFile(path), bar, images
+        self.smoothed = smoothed
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.since = time.perf_counter()
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        self.pending.append((step, loss.detach(), grad_norm.detach(), lr))
+
+    def flush(self) -> int | None:
+        """Write what is pending. Return the first step whose loss or gradient is not finite, if any."""
+        if not self.pending:
+            return None
+        losses = self.accelerator.reduce(torch.stack([p[1].float() for p in self.pending]), "mean").tolist()
+        norms = torch.stack([p[2].float() for p in self.pending]).tolist()
+        now = time.perf_counter()
+        rate = len(self.pending) * self.images / max(now - self.since, 1e-9)
+        broken = None
+        for (step, _, _, lr), loss, norm in zip(self.pending, losses, norms, strict=True):
+            if not math.isfinite(loss) or (not math.isfinite(norm) and self.accelerator.scaler is None):
+                broken = step
+                break
+            keep = min(
+                SMOOTHING, 1 - 1 / step
+            )  # a plain mean at first, so that the first loss has no more weight
+            self.smoothed = keep * (self.smoothed or 0.0) + (1 - keep) * loss
+            record = {"step": step, "loss": loss, "loss_smoothed": self.smoothed, "grad_norm": norm, "lr": lr}
+            self.write(record | {"images_per_second": rate})
+        self.bar.update(len(self.pending))
+        self.bar.set_postfix_str(f"loss {self.smoothed or math.nan:.4f}, {rate:.1f} images/s")
+        self.pending, self.since = [], now
+        return broken
+
+    def write(self, record: dict[str, float | int]) -> None:
+        """One line of metrics.jsonl, and the same for the trackers; a tracker that fails does not end the run."""
+        if not self.accelerator.is_main_process:
+            return
+        self.file.append(record)
+        if self.accelerator.trackers:
+            try:
+                self.accelerator.log(
+                    {k: v for k, v in record.items() if k != "step"}, step=int(record["step"])
+                )
+            except Exception as error:  # a full disk, a server that is gone: each tracker raises its own kind
+                log.warning("tracking stopped, training goes on: %s", error)
+                self.accelerator.trackers = []
+
+    def pause(self) -> None:
+        """Leave out of images/s what was not training."""
+        self.since = time.perf_counter()
+
+
+def validation_loss(
+    data: TrainingData, unet, text_encoder, schedule: NoiseSchedule, cfg: Any, accelerator
+) -> float:
+    """Mean loss of up to `validation_images` pictures at fixed timesteps with fixed noise, over all processes.
+
+    Each process takes its share of the pictures; the result is the same on all of them. Pictures are spread evenly
+    over the table, so that the first folder does not stand for all.
+    """
+    count = min(cfg.validation_images, len(data.table.rows))
+    rows = [i * len(data.table.rows) // count for i in range(count)]
+    models = [unet] if text_encoder is None else [unet, text_encoder]
+    total = torch.zeros(())
+    with evaluating(*models):
+        for row in rows[accelerator.process_index :: accelerator.num_processes]:
+            batch = data.fixed_batch(row, cfg.validation_timesteps)
+            embeds = batch.prompt_embeds if text_encoder is None else text_encoder(batch.input_ids)[0]
+            total += OBJECTIVES[cfg.objective](unet, batch, schedule, embeds, cfg.snr_gamma).mean().cpu()
+    return float(accelerator.reduce(total.to(accelerator.device), "sum")) / count
+
+
+@torch.no_grad()
+def sample_images(
+    base: Base,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor,
+    *,
+    seeds: Sequence[int],
+    shape: tuple[int, int],
+    steps: int,
+    guidance_scale: float,
+) -> list[Image.Image]:
+    """One picture of `shape` (width, height) per prompt and seed, prompt by prompt, by DDIM.
+
+    Args:
+        prompt_embeds: (P, L, D); `negative_embeds`: (1, L, D).
+        seeds: the noise of a picture follows from its seed alone, whatever else is in the batch.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline(
+        base.vae, None, None, base.unet, base.scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    width, height = shape
+    factor, channels = base.info.vae_factor, base.info.latent_channels
+    images = []
+    for embeds in prompt_embeds:
+        noise = [
+            randomness.normal((channels, height // factor, width // factor), seed, "sample") for seed in seeds
+        ]
+        latents = pipe(
+            prompt_embeds=embeds.expand(len(seeds), -1, -1).to(base.dtype),
+            negative_prompt_embeds=negative_embeds.expand(len(seeds), -1, -1).to(base.dtype),
+            latents=torch.stack(noise).to(base.device, base.dtype),
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+        ).images
+        for (
+            latent
+        ) in latents:  # one at a time: the VAE's memory, not the U-Net's, is what a large picture exhausts
+            images.append(from_array(base.decode(latent[None])[0].cpu().numpy()))
+    return images
+
+
+class SampleSheet:
+    """Samples of fixed prompts and seeds over the run: a row each, a column per step, and one without the LoRA."""
+
+    def __init__(self, folder: Path, base: Base, text_encoder, prompts: Sequence[str], embed, **options):
+        self.folder, self.base, self.text_encoder = folder, base, text_encoder
+        self.prompts, self.embed, self.options = prompts, embed, options
+
+    def draw(self, step: int) -> None:
+        """Sample at `step` and draw the sheet anew. A failure is a warning: it must not end the run."""
+        try:
+            if not self._files(0):
+                with lora_disabled(self.base.unet, self.text_encoder):
+                    self._sample(0)
+            self._sample(step)
+            self._draw_sheet()
+        except Exception as error:
+            log.warning(
+                "samples at step %d failed, training goes on: %s: %s", step, type(error).__name__, error
+            )
+
+    def _files(self, step: int) -> list[Path]:
+        return sorted(self.folder.glob(f"{step:08d}-*.png"))
+
+    def _sample(self, step: int) -> None:
+        models = [self.base.unet] if self.text_encoder is None else [self.base.unet, self.text_encoder]
+        with evaluating(*models):
+            images = sample_images(self.base, *self.embed(), **self.options)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            save_png(image, self.folder / f"{step:08d}-{number:02d}.png")
+
+    def _draw_sheet(self) -> None:
+        steps = sorted({int(path.name[:8]) for path in self.folder.glob("????????-*.png")})
+        columns = [[Image.open(path) for path in self._files(step)] for step in steps]
+        seeds = self.options["seeds"]
+        labels = [f"{prompt} · seed {seed}" for prompt in self.prompts for seed in seeds]
+        sheet = contact_sheet(
+            [list(row) for row in zip(*columns, strict=False)],
+            row_labels=labels,
+            column_labels=["without LoRA" if step == 0 else f"step {step}" for step in steps],
+        )
+        save_png(sheet, self.folder / "sheet.png")
