@@ -1,9 +1,9 @@
-"""The main job in two minutes on two CPU cores: fit a LoRA to each of two photographs, and show that it learned it.
+"""The main job in two minutes on two CPU cores: fit a LoRA to each of two photographs, and show the fit.
 
     python demo.py          (or `make demo`, which installs what it needs first)
 
-Runs train_lora.py on cfg/mountain.json and cfg/mountain_up.json, then samples the base from two seeds without and
-with each LoRA. Writes ckpt/mountain.safetensors, ckpt/mountain_up.safetensors and out/demo/sheet.png.
+Runs train_lora.py on cfg/mountain.json and cfg/mountain_up.json, then samples the base from two seeds without
+and with each LoRA. Writes ckpt/mountain.safetensors, ckpt/mountain_up.safetensors and out/demo/sheet.png.
 """
 
 import json

@@ -4,8 +4,8 @@
     python train_lora.py cfg/sd15/mountain.json rank=16 ckpt_name=mountain_r16
     accelerate launch train_lora.py cfg/sd15/style.json             # several GPUs, the same run
 
-Reads a base model, and pictures with captions. Writes <output_dir>/<ckpt_name>.safetensors, which diffusers, ComfyUI
-and A1111 load, and the run folder <output_dir>/<ckpt_name>/ with metrics, samples and checkpoints that resume exactly.
+Reads a base model, and pictures with captions. Writes <output_dir>/<ckpt_name>.safetensors, which diffusers,
+ComfyUI and A1111 load, and the run folder <output_dir>/<ckpt_name>/: metrics, samples, exact checkpoints.
 """
 
 import contextlib
@@ -22,19 +22,25 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorakit.config import Config, parse_command
-from lorakit.errors import DivergedError, StoppedError
+from lorakit.errors import DivergedError, StoppedError, UserError
 from lorakit.plan import (
     Plan,
     checkpoint_bytes,
     describe_plan,
     launched_processes,
+    lost_tokens,
     make_plan,
     missing_packages,
+    result_paths,
 )
 from lorakit.process import StopFlag, run_guarded
 from lorakit.publish import check_writable, publish_file
 from lorakit.resume import check_resume, run_record
 from lorakit.runs import claim_run, find_resume, lock_run, prune_checkpoints, verify_checkpoint
+
+Tracker = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]
 
 
 # fmt: off
@@ -51,7 +57,7 @@ class TrainConfig(Config):
         "validation_steps": "Watching",
     }
 
-    pretrained_model_name_or_path: str = Field("ckpt/miniature", description="base model: diffusers folder, hub id or single .safetensors file")
+    pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="compute dtype of the frozen base; auto: the launcher's choice, else bf16 (or fp16) on a GPU and float32 on a CPU. LoRA weights are float32 always")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(None, description="what the U-Net predicts; null: as the base's scheduler says")
     enable_xformers_memory_efficient_attention: bool = Field(False, description="xformers attention where it runs, else torch SDPA and one line that says so")
@@ -110,7 +116,7 @@ class TrainConfig(Config):
     lr_warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0 (every schedule but piecewise_constant)")
     lr_num_cycles: int = Field(1, ge=1, description="restarts of cosine_with_restarts")
     lr_power: float = Field(1.0, gt=0, description="exponent of polynomial")
-    lr_step_rules: str | None = Field(None, description='piecewise_constant: "1:100,0.1:200,0.01" multiplies by 1 up to step 100, by 0.1 up to 200, then by 0.01')
+    lr_step_rules: str | None = Field(None, pattern=r"^([0-9]*\.?[0-9]+(e-?[0-9]+)?:[0-9]+,)*[0-9]*\.?[0-9]+(e-?[0-9]+)?$", description='piecewise_constant: "1:100,0.1:200,0.01" multiplies by 1 up to step 100, by 0.1 up to 200, then by 0.01')
 
     output_dir: str = Field("ckpt", description="where the LoRA file and the run folder go")
     ckpt_name: str = Field("lora", pattern=r"^[^/\\\x00]+$", description="name of both")
@@ -135,7 +141,7 @@ class TrainConfig(Config):
     sample_inference_steps: int = Field(25, ge=1, le=1000, description="DDIM steps of a sample")
     sample_guidance_scale: float = Field(7.5, ge=1, description="classifier-free guidance of a sample")
     logging_steps: int = Field(10, ge=1, description="steps between looks at the loss; every step is written to metrics.jsonl")
-    report_to: str | tuple[str, ...] | None = Field("tensorboard", description="accelerate trackers, or null; metrics.jsonl is written always")
+    report_to: Tracker | tuple[Tracker, ...] | None = Field("tensorboard", description="where else the metrics go; null: to metrics.jsonl alone, which is written always")
     log_dir: str = Field("log", description="where trackers write")
 
     @model_validator(mode="after")
@@ -210,16 +216,18 @@ def train(
 
     # -- processes, precision, and the frozen base with the LoRA in it
     precision = training.resolve_precision(cfg.mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with=cfg.report_to, project_dir=cfg.log_dir)
+    trackers = training.trackers(cfg)
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=cfg.log_dir)
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError('mixed_precision "fp16" needs a GPU: take "no" or "bf16" on a CPU')
     set_up_backend(accelerator.device.type, allow_tf32=cfg.allow_tf32, deterministic=cfg.deterministic)
     main = accelerator.is_main_process
     say = tqdm.write if main else str
     base = Base(plan.base, accelerator.device, compute_dtype(precision))
     schedule = base.noise_schedule(cfg.prediction_type)
     unet, text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
-    groups = [
-        {"params": lora.add_lora(unet, **training.adapter_options(cfg, "unet")), "lr": cfg.learning_rate}
-    ]
+    unet_params = lora.add_lora(unet, **training.adapter_options(cfg, "unet"))
+    groups = [{"params": unet_params, "lr": cfg.learning_rate}]
     if text_encoder is not None:
         text_params = lora.add_lora(text_encoder, **training.adapter_options(cfg, "text_encoder"))
         groups.append({"params": text_params, "lr": cfg.text_encoder_learning_rate or cfg.learning_rate})
@@ -232,7 +240,8 @@ def train(
     unet.train()
     say(
         f"training    {sum(p.numel() for p in params):,} parameters, {plan.steps} steps of {plan.total_batch}, "
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {str(base.dtype).removeprefix('torch.')}"
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"{str(base.dtype).removeprefix('torch.')}"
     )
 
     optimizer = training.make_optimizer(cfg, groups)
@@ -244,10 +253,8 @@ def train(
     with StopFlag() as stop, contextlib.ExitStack() as closing:
 
         def stop_early():
-            if stop.poll():
-                raise StoppedError(
-                    f"before the first step; what is cached stays. To go on: {hint}", stop.signum
-                )
+            if signum := stop.poll():
+                raise StoppedError(f"before the first step; what is cached stays. To go on: {hint}", signum)
 
         # -- data: latents and text states, from the caches
         data, validation, sheet = training.prepare(
@@ -269,9 +276,8 @@ def train(
             state |= {key: saved[key] for key in state}
         first_step = state["step"]
         pace = 0.1 if sys.stderr.isatty() else 60.0  # seconds between looks at the bar; a log file wants few
-        bar = tqdm(
-            total=plan.steps, initial=first_step, desc=cfg.ckpt_name, disable=not main, mininterval=pace
-        )
+        extent = {"total": plan.steps, "initial": first_step}
+        bar = tqdm(**extent, desc=cfg.ckpt_name, disable=not main, mininterval=pace)
         closing.callback(bar.close)
         metrics = Metrics(accelerator, run / "metrics.jsonl", bar, plan.total_batch, state["smoothed"])
         if main:
@@ -284,10 +290,9 @@ def train(
 
         # -- the loop: one turn is one optimizer step
         for step in range(first_step, plan.steps):
-            if cfg.early_stop_patience and state["stale"] >= cfg.early_stop_patience:
-                say(
-                    f"step {step:6d} no better validation loss for {state['stale']} validations: stopped early"
-                )
+            if training.exhausted(cfg, state):
+                stale = state["stale"]
+                say(f"step {step:6d} no better validation loss for {stale} validations: stopped early")
                 break
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * lr_factor(step)
@@ -299,14 +304,14 @@ def train(
                 batch = data.batch(order[step, slots], positions)
                 if cfg.lora_dropout:
                     torch.manual_seed(randomness.derive_seed(cfg.seed, "lora dropout", positions[0]))
-                with training.gradient_sync(
-                    accelerator, student, text_student, micro == plan.accumulation - 1
-                ):
-                    embeds = batch.prompt_embeds if text_student is None else text_student(batch.input_ids)[0]
+                last = micro == plan.accumulation - 1
+                with training.gradient_sync(accelerator, student, text_student, last):
+                    embeds = batch.text_states(text_student)
                     loss = OBJECTIVES[cfg.objective](student, batch, schedule, embeds, cfg.snr_gamma).mean()
                     accelerator.backward(loss / plan.accumulation)
                 step_loss += loss.detach() / plan.accumulation
             grad_norm = accelerator.clip_grad_norm_(params, cfg.max_grad_norm or math.inf)
+            assert grad_norm is not None  # only DeepSpeed, which is not supported, gives none
             optimizer.step()
             optimizer.zero_grad()
             state["step"] = done = step + 1
@@ -328,38 +333,38 @@ def train(
                     best = training.live_modules(unet, text_encoder)
                     if main:
                         training.write_lora(run / "best.safetensors", cfg, plan, best, done)
+                best_loss = state["best_loss"]
                 say(
-                    f"step {done:6d} loss {metrics.smoothed:.4f}, validation {loss:.4f}, best {state['best_loss']:.4f}"
+                    f"step {done:6d} loss {metrics.smoothed:.4f}, validation {loss:.4f}, best {best_loss:.4f}"
                 )
             if done in due.sample and main:
                 sheet.draw(done)
-            if main and (done in due.checkpoint or stopping):
+            if main and (done in due.checkpoint or stopping or training.exhausted(cfg, state)):
                 scaler, record = accelerator.scaler, run_record(cfg, plan)
                 training.save_checkpoint(run, state | record, unet, text_encoder, optimizer, scaler, best)
                 prune_checkpoints(run, cfg.checkpoints_total_limit)
             if stopping:
                 accelerator.wait_for_everyone()
                 bar.close()
-                raise StoppedError(
-                    f"at step {done} of {plan.steps}. To go on: {hint}", stop.signum or signal.SIGTERM
-                )
+                signum = stop.signum or signal.SIGTERM
+                raise StoppedError(f"at step {done} of {plan.steps}. To go on: {hint}", signum)
             if done in due.any:
                 metrics.pause()
 
         # -- the LoRA file, read back and compared
         paths: list[Path] = []
         if main:
-            use_best = cfg.final_weights == "best" and best is not None
-            modules = best if use_best else training.live_modules(unet, text_encoder)
-            paths = training.publish_lora(
-                cfg, plan, base, modules, state["best_step"] if use_best else state["step"]
-            )
+            if cfg.final_weights == "best" and best is not None:
+                modules, made_at = best, state["best_step"]
+            else:
+                modules, made_at = training.live_modules(unet, text_encoder), state["step"]
+            paths = training.publish_lora(cfg, plan, base, modules, made_at)
         accelerator.wait_for_everyone()
     return paths
 
 
 def verify_resume(cfg: TrainConfig, plan: Plan, steps: int = 3) -> str:
-    """Train 2 x `steps` steps at once, and again with a stop in the middle, and compare every byte of the result.
+    """Train 2 x `steps` steps at once, and again with a stop in the middle, and compare the files by byte.
 
     Raises:
         DivergedError: the two differ: on this machine, with this config, a resumed run is another run.
@@ -378,15 +383,19 @@ def verify_resume(cfg: TrainConfig, plan: Plan, steps: int = 3) -> str:
                 resume = run / f"checkpoint-{stop_after:08d}"
             train(part, plan, run, resume)
             files = verify_checkpoint(run / f"checkpoint-{2 * steps:08d}")["files"]
-            digests.append(
-                {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
-            )
-    if digests[0] != digests[1]:
+            tensors = [name for name in files if name.endswith(".safetensors")]
+            digests.append({name: files[name]["sha256"] for name in tensors})
+    straight, resumed = digests
+    if straight != resumed:
+        differing = [name for name in straight if straight[name] != resumed[name]]
         raise DivergedError(
-            f"resume is not exact here: after {2 * steps} steps, stopped at {steps} and not, "
-            f"{[n for n in digests[0] if digests[0][n] != digests[1][n]]} differ; on a GPU set deterministic to true"
+            f"resume is not exact here: after {2 * steps} steps, stopped at {steps} and not, {differing} differ; "
+            "on a GPU set deterministic to true"
         )
-    return f"resume is exact: {2 * steps} steps in one go and with a stop at {steps} give LoRA {digests[0]['lora.safetensors'][:16]}…"
+    return (
+        f"resume is exact: {2 * steps} steps in one go and with a stop at {steps} give "
+        f"LoRA {straight['lora.safetensors'][:16]}…"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -412,18 +421,16 @@ def main(argv: list[str]) -> int:
     check_writable(run.parent, 3 * checkpoint_bytes(cfg, plan.base))
     with lock_run(run) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            claim_run(run, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite)
+            results = [*result_paths(cfg)]
+            claim_run(run, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite, results=results)
         resume, skipped = find_resume(run, cfg.resume_from_checkpoint)
-        notes = [*plan.notes, *skipped]
+        notes = [*plan.notes, *skipped, *(lost_tokens(cfg, plan) if rank == 0 else ())]
         if resume is not None:
-            notes += [
-                f"resuming from {resume}",
-                *check_resume(cfg, plan, resume, fixed=FIXED, applied=APPLIED),
-            ]
+            notes.append(f"resuming from {resume}")
+            notes += check_resume(cfg, plan, resume, fixed=FIXED, applied=APPLIED)
         if rank == 0:
-            publish_file(
-                run / "config.json", (json.dumps(cfg.model_dump(mode="json"), indent=2) + "\n").encode()
-            )
+            text = json.dumps(cfg.model_dump(mode="json"), indent=2) + "\n"
+            publish_file(run / "config.json", text.encode())
             print("\n".join(f"note        {note}" for note in notes), end="\n" if notes else "")
         again = [a for a in argv if not a.startswith(("resume_from_checkpoint=", "overwrite="))]
         hint = shlex.join(["python", "train_lora.py", *again, "resume_from_checkpoint=latest"])

@@ -1,13 +1,13 @@
 """What a training step costs, against its limit and against the uncached way.
 
-    python benchmarks/train.py                                   # the miniature, on the CPU: about three minutes
-    python benchmarks/train.py --shape sd15 --steps 100          # SD 1.5's shape with random weights, no download
+    python benchmarks/train.py                              # the miniature, on the CPU: about three minutes
+    python benchmarks/train.py --shape sd15 --steps 100     # SD 1.5's shape, random weights, no download
 
 Three ways take turns, each in a process of its own, over several rounds:
   bare      forward, backward and optimizer of the same U-Net and LoRA on tensors that never change: the limit
   ours      train_lora.train as users run it
   uncached  VAE and text encoder in every step, and a DataLoader worker per epoch, as tutorials do it
-Prints a table and, last, one JSON line: medians of seconds per step and peak memory, and ratios round by round.
+Prints a table and, last, one JSON line: median seconds per step, peak memory, and ratios round by round.
 """
 
 import argparse
@@ -20,18 +20,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 WAYS = ("bare", "ours", "uncached")
-BLOCK = 10  # steps per timing, as train_lora fetches its losses every ten steps
 PHOTO = ROOT / "dataset" / "mountain" / "mountain.jpg"
 CAPTION = "a photo of rocky mountains at noon with a forest"
 
-SD15_UNET = dict(
+SD15_UNET: dict[str, Any] = dict(
     sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
 )
-SD15_VAE = dict(
+SD15_VAE: dict[str, Any] = dict(
     block_out_channels=(128, 256, 512, 512),
     layers_per_block=2,
     down_block_types=("DownEncoderBlock2D",) * 4,
@@ -39,43 +39,43 @@ SD15_VAE = dict(
     latent_channels=4,
     sample_size=512,
 )
-SD15_TEXT = dict(
+SD15_TEXT: dict[str, Any] = dict(
     hidden_size=768,
     intermediate_size=3072,
     num_hidden_layers=12,
     num_attention_heads=12,
     max_position_embeddings=77,
+    vocab_size=49408,
+    bos_token_id=197,
+    eos_token_id=198,
+    pad_token_id=198,
 )
 
 
 def build_sd15(folder: Path) -> None:
-    """A base of Stable Diffusion 1.5's shape with random weights, in half precision; the miniature's tokenizer."""
+    """A base of Stable Diffusion 1.5's shape: random weights in half precision, the miniature's tokenizer."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(
-        ROOT / "ckpt/miniature", subfolder="tokenizer", model_max_length=77
-    )
-    text_config = CLIPTextConfig(
-        vocab_size=49408, bos_token_id=197, eos_token_id=198, pad_token_id=198, **SD15_TEXT
-    )
-    pipe = StableDiffusionPipeline(
-        AutoencoderKL(**SD15_VAE),
-        CLIPTextModel(text_config),
-        tokenizer,
-        UNet2DConditionModel(**SD15_UNET),
-        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        None,
-        None,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "vae": AutoencoderKL(**SD15_VAE),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15_TEXT)),
+        "tokenizer": CLIPTokenizer.from_pretrained(
+            ROOT / "ckpt/miniature", subfolder="tokenizer", model_max_length=77
+        ),
+        "unet": UNet2DConditionModel(**SD15_UNET),
+        "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.to(torch.float16).save_pretrained(folder)
 
 
 def settings(args: argparse.Namespace, folder: str) -> list[str]:
-    side = 128 if args.shape == "miniature" else 512
+    side, cache = (128, folder) if args.shape == "miniature" else (512, Path(args.base).parent)
     return [
         f"pretrained_model_name_or_path={args.base}",
         f"data_dir={ROOT / 'dataset/mountain'}",
@@ -83,10 +83,8 @@ def settings(args: argparse.Namespace, folder: str) -> list[str]:
         f"resolution={side}",
         f"n_epochs={args.steps}",
         f"mixed_precision={args.precision}",
-        f"logging_steps={min(BLOCK, args.steps)}",
-        "cache_dir=" + str(Path(args.base).parent / "cache")
-        if args.shape == "sd15"
-        else f"cache_dir={folder}/cache",
+        f"logging_steps={block(args)}",
+        f"cache_dir={cache}/cache",
         "sample_steps=0",
         "validation_steps=0",
         "report_to=null",
@@ -128,18 +126,22 @@ def set_up(args: argparse.Namespace):
     return accelerator, base, unet, optimizer, params
 
 
+def block(args: argparse.Namespace) -> int:
+    """Steps per timing; the first block is warm-up and does not count."""
+    return max(1, min(10, args.steps // 4))
+
+
 def timed_blocks(args: argparse.Namespace, accelerator, step) -> list[float]:
     import torch
 
     seconds = []
-    for start in range(0, args.steps, BLOCK):
-        count = min(BLOCK, args.steps - start)
+    for _ in range(0, args.steps, block(args)):
         begin = time.perf_counter()
-        for _ in range(count):
+        for _ in range(block(args)):
             step()
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - begin) / count)
+        seconds.append((time.perf_counter() - begin) / block(args))
     return seconds
 
 
@@ -192,12 +194,9 @@ def time_uncached(args: argparse.Namespace) -> list[float]:
     from torch.utils.data import DataLoader
 
     accelerator, base, unet, optimizer, params = set_up(args)
-    loader = DataLoader(
-        OnePicture(base.unet.config.sample_size * base.info.vae_factor),
-        batch_size=1,
-        shuffle=True,
-        num_workers=1,
-    )
+    picture = OnePicture(base.unet.config.sample_size * base.info.vae_factor)
+    # a DataLoader asks for no more than __len__ and __getitem__; its annotation wants the base class
+    loader = DataLoader(cast(Any, picture), batch_size=1, shuffle=True, num_workers=1)
     scheduler = base.scheduler
 
     def step() -> None:  # one epoch is one step: a worker starts, reads the picture, and ends
@@ -219,38 +218,28 @@ def time_uncached(args: argparse.Namespace) -> list[float]:
 
 
 def run_one(args: argparse.Namespace) -> None:
-    """One way in this process: seconds per step by block, the first one dropped as warm-up, and peak memory."""
+    """One way in this process: median seconds per step after a first block of warm-up, and peak memory."""
     import torch
 
     seconds = {"bare": time_bare, "ours": time_ours, "uncached": time_uncached}[args.one](args)
-    gpu = torch.cuda.is_available()
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
     print(json.dumps({"seconds": statistics.median(seconds[1:] or seconds), "peak_bytes": peak}))
 
 
 def one_step_run(args: argparse.Namespace, folder: str) -> float:
     """Seconds of a whole train_lora.py process that does one step and writes its file."""
-    command = [
-        sys.executable,
-        str(ROOT / "train_lora.py"),
-        str(ROOT / "cfg/mountain.json"),
-        *settings(args, folder),
-    ]
+    command = [sys.executable, str(ROOT / "train_lora.py"), str(ROOT / "cfg/mountain.json")]
+    command += [*settings(args, folder), "max_train_steps=1", "overwrite=true"]
     begin = time.perf_counter()
-    subprocess.run(
-        [*command, "max_train_steps=1", "overwrite=true"], check=True, capture_output=True, cwd=ROOT
-    )
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     return time.perf_counter() - begin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--shape", choices=("miniature", "sd15"), default="miniature")
     parser.add_argument("--steps", type=int, default=60, help="steps per way and round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -268,17 +257,8 @@ def main() -> None:
         results = {way: [] for way in WAYS}
         for _ in range(args.rounds):
             for way in WAYS:
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--one",
-                    way,
-                    "--shape",
-                    args.shape,
-                    "--steps",
-                    str(args.steps),
-                ]
-                command += ["--precision", args.precision, "--base", args.base]
+                command = [sys.executable, __file__, f"--one={way}", f"--shape={args.shape}"]
+                command += [f"--steps={args.steps}", f"--precision={args.precision}", f"--base={args.base}"]
                 out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
                 results[way].append(json.loads(out.splitlines()[-1]))
     report(args, results, first)
@@ -287,12 +267,10 @@ def main() -> None:
 def report(args: argparse.Namespace, results: dict[str, list[dict]], first: dict[str, float]) -> None:
     import torch
 
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    summary = {
+    device = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    summary: dict[str, Any] = {
         "benchmark": "train",
         "shape": args.shape,
         "device": device,
@@ -303,16 +281,16 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]], first: dict
     for way in WAYS:
         seconds = statistics.median(r["seconds"] for r in results[way])
         peak = max(r["peak_bytes"] for r in results[way]) / 1e6
-        ratios = [r["seconds"] / b["seconds"] for r, b in zip(results[way], results["bare"], strict=True)]
+        pairs = zip(results[way], results["bare"], strict=True)
+        ratio = statistics.median(r["seconds"] / b["seconds"] for r, b in pairs)
         summary[way] = {
             "ms": round(seconds * 1e3, 2),
             "images_per_second": round(1 / seconds, 2),
             "peak_mb": round(peak),
+            "ratio_to_bare": round(ratio, 3),
         }
-        summary[way]["ratio_to_bare"] = round(statistics.median(ratios), 3)
-        print(
-            f"  {way:9s} {seconds * 1e3:8.1f} ms/step {1 / seconds:7.2f} images/s {peak:7.0f} MB  x{statistics.median(ratios):.2f}"
-        )
+        speed = f"{seconds * 1e3:8.1f} ms/step {1 / seconds:7.2f} images/s"
+        print(f"  {way:9s} {speed} {peak:7.0f} MB  x{ratio:.2f}")
     summary["one_step_run_s"] = {name: round(seconds, 2) for name, seconds in first.items()}
     print("  a whole run of one step: " + ", ".join(f"{s:.1f} s with {name}" for name, s in first.items()))
     print(json.dumps(summary))

@@ -1,7 +1,7 @@
 """What can be said of a base model from its files, without loading it and without torch.
 
-A base is a diffusers folder, a single `.safetensors` file, or a hub id. Everything that depends on the size of
-the model (VAE factor, latent size, token length) is read from its configs here, never assumed.
+A base is a diffusers folder, a single `.safetensors` file, or a hub id. Everything that depends on the size
+of the model (VAE factor, latent size, token length) is read from its configs here, never assumed.
 """
 
 import hashlib
@@ -9,10 +9,12 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lorakit.errors import UserError
+from lorakit.errors import OutputError, UserError
+from lorakit.tensors import Shapes, read_header
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -33,8 +35,8 @@ class BaseInfo:
     """A base model as its files describe it.
 
     `vae_factor` is pixels per latent, `size_multiple` the pixels that width and height must divide by so that
-    every level of the U-Net halves evenly, `resolution` the side in pixels that the base was trained at.
-    The values of Stable Diffusion 1.5 stand in where the files are not on this machine yet (`known` is False).
+    every level of the U-Net halves evenly, `resolution` the side in pixels that the base was trained at. The
+    values of Stable Diffusion 1.5 stand in where the files are not on this machine yet (`known` is False).
     """
 
     name: str
@@ -57,8 +59,9 @@ def inspect_base(name: str) -> BaseInfo:
     """Describe the base `name`.
 
     Raises:
-        BaseError: no such folder or file, a part missing, pickled weights only, a git-LFS pointer, or a hub id
-            that no longer exists.
+        BaseError: no such folder or file, a part missing, pickled weights only, weights that are cut short or
+            a git-LFS pointer, or a hub id that no longer exists.
+        OutputError: weights that cannot be read.
     """
     path = Path(name)
     if path.is_dir():
@@ -68,7 +71,7 @@ def inspect_base(name: str) -> BaseInfo:
             raise BaseError(
                 f"{name}: a single-file base must be .safetensors; pickled checkpoints are not read"
             )
-        safetensors_header(path)
+        _read_shapes(path)
         return BaseInfo(name, "file", root=path, files={"file": path})
     if name in GONE:
         raise BaseError(f'{name} no longer exists on the hub: use "{GONE[name]}"')
@@ -94,18 +97,22 @@ def _inspect_folder(name: str, root: Path, kind: Literal["folder", "hub"] = "fol
     if missing:
         looks = "a LoRA run folder" if (root / "metrics.jsonl").exists() else "not a diffusers folder"
         raise BaseError(f"{name}: {looks}; without {', '.join(missing)}/")
+    tokenizer = {path.name for path in (root / "tokenizer").iterdir()}
+    if "tokenizer.json" not in tokenizer and not {"vocab.json", "merges.txt"} <= tokenizer:
+        raise BaseError(f"{root / 'tokenizer'}: neither tokenizer.json nor vocab.json with merges.txt")
     configs = {part: _read_json(root / part / "config.json") for part in ("unet", "vae", "text_encoder")}
     configs["scheduler"] = _read_json(root / "scheduler" / "scheduler_config.json")
     files = {part: _weights_file(root, part) for part in WEIGHTS}
-    parameters = {part: _count_parameters(path) for part, path in files.items()}
+    parameters = {part: sum(map(math.prod, weight_shapes(path).values())) for part, path in files.items()}
     return describe_base(name, kind, root, configs, files, parameters)
 
 
 def describe_base(name, kind, root: Path, configs: dict[str, dict], files, parameters) -> BaseInfo:
     """The sizes that follow from the configs of a base's parts."""
-    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    levels = 2 ** (len(unet["block_out_channels"]) - 1)
+    value = partial(_value, root, configs)
+    factor = 2 ** (len(value("vae", "block_out_channels", list)) - 1)
+    levels = 2 ** (len(value("unet", "block_out_channels", list)) - 1)
+    value("vae", "scaling_factor", float)
     return BaseInfo(
         name=name,
         kind=kind,
@@ -113,24 +120,38 @@ def describe_base(name, kind, root: Path, configs: dict[str, dict], files, param
         known=True,
         vae_factor=factor,
         size_multiple=factor * levels,
-        resolution=unet["sample_size"] * factor,
-        latent_channels=unet["in_channels"],
-        max_tokens=text.get("max_position_embeddings", 77),
-        cross_attention_dim=unet["cross_attention_dim"],
-        prediction_type=configs["scheduler"].get("prediction_type", "epsilon"),
+        resolution=value("unet", "sample_size", int) * factor,
+        latent_channels=value("unet", "in_channels", int),
+        max_tokens=value("text_encoder", "max_position_embeddings", int),
+        cross_attention_dim=value("unet", "cross_attention_dim", int),
+        prediction_type=value("scheduler", "prediction_type", str, "epsilon"),
         configs=configs,
         parameters=parameters,
         files=files,
     )
 
 
+def _value(root: Path, configs: dict[str, dict], part: str, key: str, kind: type, default: Any = None) -> Any:
+    """A value of a part's config, which must be of the kind that Stable Diffusion 1.x and 2.x have there."""
+    value = configs[part].get(key, default)
+    file = "scheduler_config.json" if part == "scheduler" else "config.json"
+    if isinstance(value, bool) or not isinstance(value, (kind, tuple) if kind is list else kind):
+        raise BaseError(
+            f"{root / part / file}: {key} is {value!r}; is it the base of a Stable Diffusion 1.x or 2.x?"
+        )
+    return value
+
+
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BaseError(f"{path}: missing; is the base's download complete?") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise BaseError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BaseError(f"{path}: holds no JSON object; is the base's download complete?")
+    return content
 
 
 def _weights_file(root: Path, part: str) -> Path:
@@ -141,7 +162,7 @@ def _weights_file(root: Path, part: str) -> Path:
         path = root / part / name
         if path.exists():
             if path.suffix == ".safetensors":
-                safetensors_header(path)
+                _read_shapes(path)
             return path
     pickled = sorted(p.name for p in (root / part).glob("*.bin"))
     if pickled:
@@ -152,43 +173,38 @@ def _weights_file(root: Path, part: str) -> Path:
     raise BaseError(f"{root / part}: no weights ({names[0]}); is the base's download complete?")
 
 
-def safetensors_header(path: Path) -> dict:
-    """The JSON header of a safetensors file, checked against the file's length."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if head.startswith(b"version "):
-            raise BaseError(f"{path}: a git-LFS pointer, not the weights; run: git lfs pull")
-        length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > min(size, 100_000_000):
-            raise BaseError(f"{path}: not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-            end = max(
-                (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"),
-                default=0,
-            )
-        except (ValueError, KeyError, TypeError):
-            raise BaseError(f"{path}: its safetensors header cannot be read") from None
-    if 8 + length + end > size:
-        raise BaseError(f"{path}: cut short, {size:,} of {8 + length + end:,} bytes; fetch it again")
-    return header
+def _read_shapes(path: Path) -> Shapes:
+    try:
+        return read_header(path)[0]
+    except OutputError:
+        raise
+    except UserError as error:
+        raise BaseError(str(error)) from None
 
 
-def _count_parameters(path: Path) -> int:
-    if path.suffix != ".safetensors":
-        shards = {path.parent / shard for shard in _read_json(path)["weight_map"].values()}
-        return sum(_count_parameters(shard) for shard in shards)
-    return sum(
-        math.prod(entry["shape"]) for key, entry in safetensors_header(path).items() if key != "__metadata__"
-    )
+def _shards(index: Path) -> list[Path]:
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise BaseError(f"{index}: names no shards (weight_map); is the base's download complete?")
+    return sorted({index.parent / shard for shard in shards.values()})
+
+
+def weight_shapes(path: Path) -> Shapes:
+    """The shape of every tensor of a weights file (of every shard, for an index), from the headers alone.
+
+    Raises:
+        BaseError: a file is missing, or is not a whole safetensors file.
+        OutputError: a file cannot be read.
+    """
+    paths = [path] if path.suffix == ".safetensors" else _shards(path)
+    return {name: shape for each in paths for name, shape in _read_shapes(each).items()}
 
 
 def weights_hash(path: Path) -> str:
     """sha256 of a weights file (of every shard, for an index)."""
     paths = [path]
     if path.name.endswith(".index.json"):
-        paths += sorted({path.parent / shard for shard in _read_json(path)["weight_map"].values()})
+        paths += _shards(path)
     digest = hashlib.sha256()
     for each in paths:
         with open(each, "rb") as file:

@@ -1,9 +1,9 @@
 """From a checked table of pictures to training batches: latents and text states are made once and cached.
 
-Each picture is encoded once. What is kept is the mean and log-variance of the VAE's posterior, so that every step still
-draws a new latent from it. Cache entries are named by content (image bytes, transform, VAE weights), carry a checksum
-and are made again when they are bad. While a text encoder is not trained, its states are cached the same way, and it
-need not be loaded at all in a later run.
+Each picture is encoded once. What is kept is the mean and log-variance of the VAE's posterior, so that every
+step still draws a new latent from it. Cache entries are named by content (image bytes, transform, VAE
+weights), carry a checksum and are made again when they are bad. While a text encoder is not trained, its
+states are cached the same way, and it need not be loaded at all in a later run.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lorakit import randomness
+from lorakit.errors import UserError
 from lorakit.folder import Table
 from lorakit.images import load_image
 from lorakit.models import Base, posterior_sample
@@ -29,16 +30,15 @@ from lorakit.publish import publish_file
 from lorakit.tensors import serialize
 from lorakit.views import Shape, View, entry_name
 
-
-# Which picture is seen when
+# ---- which picture is seen when ----
 
 
 def sample_order(seed: int, buckets: Sequence, total_batch: int, steps: int) -> np.ndarray:
-    """The row that each sample of each step shows, (steps, total_batch) int64; a pure function of its arguments.
+    """The row that each sample of each step shows, (steps, total_batch) int64; a pure function.
 
-    Every bucket is an endless chain of its own shuffled epochs. A step takes `total_batch` rows from one bucket, so
-    that it can be split over processes and micro-batches in any way; the bucket that lags most behind its share goes
-    next, so that each picture is seen equally often.
+    Every bucket is an endless chain of its own shuffled epochs. A step takes `total_batch` rows from one
+    bucket, so that it can be split over processes and micro-batches in any way; the bucket that lags most
+    behind its share goes next, so that each picture is seen equally often.
     """
     groups = [np.flatnonzero([b == bucket for b in buckets]) for bucket in sorted(set(buckets))]
     share = np.array([len(group) / len(buckets) for group in groups])
@@ -60,17 +60,19 @@ def _shuffled_epochs(seed: int, number: int, rows: np.ndarray) -> Iterator[int]:
         epoch += 1
 
 
-# Caches
+# ---- caches ----
 
 
 def read_entry(path: Path) -> Tensor | None:
-    """The tensor of a cache entry, or None if it is missing, damaged or of another version."""
+    """The tensor of a cache entry, or None if it is missing, damaged, not finite or of another version."""
     try:
         content = path.read_bytes()
         tensor = load(content)["tensor"]
         length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
     except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    if not torch.isfinite(tensor).all():
         return None
     return tensor if metadata.get("sha256") == hashlib.sha256(content[8 + length :]).hexdigest() else None
 
@@ -106,7 +108,10 @@ def cache_latents(
         for start in range(0, len(missing), window):
             group = missing[start : start + window]
             for view, image in zip(group, (pool.map if threads else map)(pixels, group), strict=True):
-                write_entry(view.entry(cache_dir, vae_hash), base.encode(image)[0])
+                moments = base.encode(image)[0]
+                if not torch.isfinite(moments).all():
+                    raise UserError(f"{view.row.name}: the VAE makes NaN or infinity of it; leave it out")
+                write_entry(view.entry(cache_dir, vae_hash), moments)
                 between()
     return len(missing)
 
@@ -159,20 +164,23 @@ def cache_text_states(
     return states
 
 
-# Batches
+# ---- batches ----
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn anew each time a picture is seen. `noise_offset` is Guttenberg's (2023): a constant per channel
-    added to the noise; `caption_dropout` the share of samples shown without their caption, for guidance."""
+    """What is drawn anew each time a picture is seen.
+
+    `noise_offset` is Guttenberg's (2023): a constant per channel added to the noise; `caption_dropout` the
+    share of samples shown without their caption, for guidance.
+    """
 
     noise_offset: float = 0.0
     caption_dropout: float = 0.0
 
 
 class TrainingData:
-    """Batches by position. Sample number `position` of a run is the same whatever the batch size or process count.
+    """Batches by position: sample number `position` of a run is the same for any batch size or process count.
 
     Args:
         table: the checked rows.
@@ -204,13 +212,12 @@ class TrainingData:
         self.device = base.device
         self.scaling_factor = base.scaling_factor
 
-    def batch(self, rows: Sequence[int], positions: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int] | np.ndarray, positions: Sequence[int]) -> Batch:
         """The micro-batch that shows `rows` (all of one bucket) as samples number `positions` of the run."""
-        latents, noise = zip(
-            *(self._latent(row, p) for row, p in zip(rows, positions, strict=True)), strict=True
-        )
-        prompts = [self._prompt(row, position) for row, position in zip(rows, positions, strict=True)]
-        timesteps = [randomness.integer(self.num_timesteps, self.seed, "timestep", p) for p in positions]
+        samples = list(zip(rows, positions, strict=True))
+        latents, noise = zip(*(self._latent(row, position) for row, position in samples), strict=True)
+        prompts = [self._prompt(row, position) for row, position in samples]
+        timesteps = [self._timestep(position) for position in positions]
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack(noise).to(self.device, non_blocking=True),
@@ -225,9 +232,8 @@ class TrainingData:
         view = randomness.integer(self.views[row], seed, "view", position)
         moments = self.latents[self.first_view[row] + view]
         shape = (moments.shape[0] // 2, *moments.shape[1:])
-        posterior_noise = randomness.normal(shape, seed, "posterior", position).to(
-            self.device, non_blocking=True
-        )
+        posterior_noise = randomness.normal(shape, seed, "posterior", position)
+        posterior_noise = posterior_noise.to(self.device, non_blocking=True)
         noise = randomness.normal(shape, seed, "noise", position)
         if self.augmentation.noise_offset:
             offset = randomness.normal((shape[0], 1, 1), seed, "noise offset", position)
@@ -235,25 +241,25 @@ class TrainingData:
         return posterior_sample(moments, posterior_noise, self.scaling_factor), noise
 
     def _prompt(self, row: int, position: int) -> str:
-        dropped = (
-            randomness.uniform(self.seed, "caption dropout", position) < self.augmentation.caption_dropout
-        )
-        return "" if dropped else self.table.rows[row].caption
+        draw = randomness.uniform(self.seed, "caption dropout", position)
+        return "" if draw < self.augmentation.caption_dropout else self.table.rows[row].caption
 
-    def describe(self, rows: Sequence[int], positions: Sequence[int]) -> str:
+    def _timestep(self, position: int) -> int:
+        return randomness.integer(self.num_timesteps, self.seed, "timestep", position)
+
+    def describe(self, rows: Sequence[int] | np.ndarray, positions: Sequence[int]) -> str:
         """The samples in words, for the message of a run that diverged."""
         return "; ".join(
-            f"{self.table.rows[row].name} at timestep {randomness.integer(self.num_timesteps, self.seed, 'timestep', p)}"
-            for row, p in zip(rows, positions, strict=True)
+            f"{self.table.rows[row].name} at timestep {self._timestep(position)}"
+            for row, position in zip(rows, positions, strict=True)
         )
 
     def fixed_batch(self, row: int, count: int) -> Batch:
-        """One picture at `count` evenly spaced timesteps with noise that never changes: for the validation loss."""
+        """One picture at `count` evenly spaced timesteps, with noise that never changes, for validation."""
         picture = self.table.rows[row]
         mean = self.latents[self.first_view[row]].chunk(2)[0] * self.scaling_factor
-        noise = [
-            randomness.normal(tuple(mean.shape), 0, "validation", picture.sha256, k) for k in range(count)
-        ]
+        shape = tuple(mean.shape)
+        noise = [randomness.normal(shape, 0, "validation", picture.sha256, k) for k in range(count)]
         prompts = [picture.caption] * count
         return Batch(
             latents=mean.expand(count, -1, -1, -1),

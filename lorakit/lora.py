@@ -153,7 +153,8 @@ def load_lora(
     label = "the LoRA" if isinstance(source, LoraFile) else str(source)
     if file.layout == "cloneofsimo":
         raise UserError(
-            f"{label}: is in cloneofsimo's layout, which numbers its modules instead of naming them"
+            f"{label}: is in cloneofsimo's layout, which numbers its modules instead of naming them; "
+            "name them with `mix_lora.py convert`"
         )
     plans: list[tuple[Any, dict[str, LoraPair]]] = []
     models: dict[Component, Any] = {"unet": unet, "text_encoder": text_encoder}

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.errors import DivergedError, UserError
 from lorakit.lora_metadata import AdapterAlphas, Component, adapter_metadata
-from lorakit.tensors import Shapes, payload_sha256, read_header, read_tensors, serialize
+from lorakit.tensors import Shapes, chunks, payload_sha256, read_header, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -85,14 +85,8 @@ class LoraFile:
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
-_CONVOLUTION = (
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
+_SAMPLERS = ("downsamplers.0.conv", "upsamplers.0.conv")
+_CONVOLUTION = ("conv1", "conv2", "conv_shortcut", *_SAMPLERS, "time_emb_proj")
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _CLIP_ALL = (*_CLIP_ATTENTION, "fc1", "fc2")
 
@@ -158,7 +152,18 @@ def lora_bytes(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str],
 ) -> bytes:
-    """The content of a LoRA file, a pure function of the arguments; the caller publishes it.
+    """The content of a LoRA file; see `lora_chunks`."""
+    return b"".join(lora_chunks(modules, layout=layout, dtype=dtype, metadata=metadata))
+
+
+def lora_chunks(
+    modules: Mapping[str, LoraPair],
+    *,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str],
+) -> Iterator[bytes | memoryview[int]]:
+    """The content of a LoRA file in pieces, a pure function of the arguments; the caller publishes it.
 
     The hashes of the tensor bytes that other tools look for are added to the metadata. Where alpha differs
     between the attention modules of one model, diffusers 0.42 reads kohya's layout wrongly, its own rightly.
@@ -188,13 +193,11 @@ def lora_bytes(
     metadata = {"format": "pt", **metadata}
     if layout == "diffusers":
         facts = {unflatten(name): (pair.rank, pair.alpha) for name, pair in sorted(modules.items())}
-        with_dora: set[Component] = {
-            component_of(name) for name, pair in modules.items() if pair.magnitude is not None
-        }
-        metadata |= adapter_metadata(facts, with_dora)
-    digest = payload_sha256(serialize(tensors, {}))
+        dora = [name for name, pair in modules.items() if pair.magnitude is not None]
+        metadata |= adapter_metadata(facts, {component_of(name) for name in dora})
+    digest = payload_sha256(chunks(tensors, {}))
     hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest}
-    return serialize(tensors, metadata | hashes)
+    return chunks(tensors, metadata | hashes)
 
 
 def _kohya_tensors(name: str, own: Mapping[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
@@ -245,10 +248,7 @@ _CHECKPOINT = r"^model\.diffusion_model\.|^cond_stage_model\."
 _USE_SD = "use a file made for Stable Diffusion 1.x or 2.x"
 _FOREIGN = (
     (r"\.(hada|lokr)_", "is a LoHa or LoKr file, not a LoRA; make a LoRA of it with `mix_lora.py convert`"),
-    (
-        r"\.dora_scale$",
-        "holds DoRA in kohya's form, which tools read in two ways; save it in diffusers' form",
-    ),
+    (r"\.dora_scale$", "holds DoRA in kohya's form, which tools read in two ways; use diffusers' form"),
     (
         r"^lora_te2_|^text_encoder_2\.|^conditioner\.|add_embedding"
         r"|^lora_unet_(input_blocks|middle_block|output_blocks)_",
@@ -282,9 +282,13 @@ def read_lora(path: Path | str) -> LoraFile:
         OutputError: it cannot be read.
     """
     path = Path(path)
-    shapes, _ = read_header(path)
-    _refuse_foreign(path, shapes)
-    tensors, metadata = read_tensors(path)
+    _refuse_foreign(path, read_header(path)[0])
+    return lora_from_tensors(path, *read_tensors(path))
+
+
+def lora_from_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> LoraFile:
+    """What a file of these tensors and metadata holds; raises as `read_lora`, with `path` in messages."""
+    _refuse_foreign(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     _refuse_bad_numbers(path, tensors)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     layouts, unknown = [], []

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -172,6 +172,68 @@ def training_metadata(
         "modelspec.resolution": size,
         "modelspec.prediction_type": "v" if is_v else prediction_type,
         "lorakit.config": json.dumps(kept, sort_keys=True, ensure_ascii=False),
+    }
+
+
+# ---- files made of files ----
+
+_OF_THE_BASE = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "modelspec.architecture",
+    "modelspec.prediction_type",
+)
+
+
+def mixed_metadata(
+    *, name: str, formula: str, sources: Sequence[Mapping[str, str]], rank: int, alpha: float, is_v2: bool
+) -> dict[str, str]:
+    """The metadata of a LoRA file made of others: what it was made of, and what they say alike of their base.
+
+    No training config: none made these weights. No dates, and no folders in names.
+
+    Args:
+        formula: files by name, with their weights.
+        sources: the metadata of those files.
+    """
+    alike = {
+        key: sources[0][key]
+        for key in _OF_THE_BASE
+        if sources and all(key in source and source[key] == sources[0][key] for source in sources)
+    }
+    return (
+        base_metadata(is_v2)
+        | alike
+        | {
+            "ss_output_name": name,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(alpha),
+            "ss_network_args": "{}",
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": name,
+            "modelspec.merged_from": formula,
+        }
+    )
+
+
+def converted_metadata(metadata: Mapping[str, str], *, is_v2: bool) -> dict[str, str]:
+    """The metadata of a file in another layout: all but what described the tensors of the old one."""
+    stale = re.compile(
+        rf"format|{_ADAPTER_KEY}|(unet|text_encoder)(:\d+:rank)?|sshs_.*|modelspec\.hash_sha256"
+    )
+    kept = {key: value for key, value in metadata.items() if not stale.fullmatch(key)}
+    return base_metadata(is_v2) | kept
+
+
+def base_metadata(is_v2: bool) -> dict[str, str]:
+    """By which A1111 and kohya's tools tell the base, in files that say nothing of it themselves."""
+    return {
+        "ss_v2": str(is_v2),
+        "ss_base_model_version": "sd_v2" if is_v2 else "sd_v1",
+        "modelspec.architecture": f"stable-diffusion-{'v2-512' if is_v2 else 'v1'}/lora",
     }
 
 

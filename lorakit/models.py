@@ -1,13 +1,15 @@
 """A base model's parts, loaded when first touched, with the project's policy for dtype, device and attention.
 
-Images are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w) are scaled by the VAE's `scaling_factor`; prompt_embeds are
-the text encoder's last hidden states (B, L, D).
+Images are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w) are scaled by the VAE's `scaling_factor`;
+prompt_embeds are the text encoder's last hidden states (B, L, D).
 """
 
 import logging
+import os
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,13 @@ from torch import Tensor
 from lorakit.base import WEIGHTS, BaseError, BaseInfo, describe_base, inspect_base
 from lorakit.schedule import NoiseSchedule
 
-# The sampler of everything that must be repeatable and invertible, whatever scheduler the base ships (PNDM in SD 1.5).
-DDIM = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading")
+# The sampler of all that must be repeatable and invertible, whatever the base ships (PNDM in SD 1.5).
+DDIM: dict[str, Any] = {
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 
 
 class Base:
@@ -36,9 +43,9 @@ class Base:
     ):
         _quiet()
         self.device, self.dtype = torch.device(device), dtype
-        self.info = (
-            info if info.known else _download(info, dtype) if info.kind == "hub" else _read_whole(info)
-        )
+        if not info.known:
+            info = _download(info, dtype) if info.kind == "hub" else _read_whole(info)
+        self.info = info
 
     @cached_property
     def unet(self):
@@ -67,7 +74,7 @@ class Base:
         return self._load(CLIPTokenizer, "tokenizer")
 
     @cached_property
-    def scheduler(self):
+    def scheduler(self) -> Any:
         """The base's noise schedule as a DDIM sampler."""
         from diffusers import DDIMScheduler
 
@@ -76,8 +83,11 @@ class Base:
     def noise_schedule(self, prediction_type: str | None = None) -> NoiseSchedule:
         return NoiseSchedule.from_scheduler(self.scheduler, prediction_type)
 
-    def _load(self, cls, part: str, dtype: torch.dtype | None = None):
-        """One part; a model comes frozen and in eval mode."""
+    def _load(self, cls, part: str, dtype: torch.dtype | None = None) -> Any:
+        """One part; a model comes frozen and in eval mode.
+
+        Any, since the libraries annotate `to`, `encode` and `config` in ways that correct calls do not fit.
+        """
         if self.info.kind == "file":
             model = getattr(_single_file(self.info.name), part)
         else:
@@ -100,14 +110,23 @@ class Base:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Moments of the VAE's posterior, (B, 2C, h, w): mean and log-variance, unscaled, float32."""
-        image = image.to(self.vae.device, torch.float32).contiguous(memory_format=torch.channels_last)
-        return self.vae.encode(image).latent_dist.parameters
+        vae = self.vae.to(self.device)
+        image = image.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
+        return vae.encode(image).latent_dist.parameters
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) from scaled latents, float32."""
-        latents = latents.to(self.vae.device, torch.float32) / self.scaling_factor
-        return self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+        vae = self.vae.to(self.device)
+        latents = latents.to(self.device, torch.float32) / self.scaling_factor
+        return vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+
+    def park(self, keep_text_encoder: bool = False) -> None:
+        """Free the device of what training steps do not need; the VAE waits on the CPU until it is used."""
+        if "vae" in vars(self):
+            self.vae.to("cpu")
+        if not keep_text_encoder:
+            vars(self).pop("text_encoder", None)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids (B, L) on the device, padded and cut to the tokenizer's own length."""
@@ -133,17 +152,14 @@ def _download(info: BaseInfo, dtype: torch.dtype) -> BaseInfo:
 
     try:
         names = HfApi().list_repo_files(info.name)
-        half = dtype != torch.float32 and f"unet/{WEIGHTS['unet']}.fp16.safetensors" in names
-        weights = (
-            ["*/*.fp16.safetensors"]
-            if half
-            else [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
-        )
+        weights = [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
+        if dtype != torch.float32 and f"unet/{WEIGHTS['unet']}.fp16.safetensors" in names:
+            weights = ["*/*.fp16.safetensors"]
         root = snapshot_download(info.name, allow_patterns=["*/*.json", "*/*.txt", *weights])
     except Exception as error:  # offline, gated, no such repository: the hub's message says which
         raise BaseError(
-            f"{info.name}: cannot be fetched from the hub ({str(error).splitlines()[0]}). Without a network, name a "
-            "local folder or file instead; the embedded base is ckpt/miniature"
+            f"{info.name}: cannot be fetched from the hub ({str(error).splitlines()[0]}). Without a network, "
+            "name a local folder or file instead; the embedded base is ckpt/miniature"
         ) from None
     return inspect_base(root)
 
@@ -165,8 +181,8 @@ def _single_file(name: str):
         return StableDiffusionPipeline.from_single_file(name, dtype=torch.float32, safety_checker=None)
     except Exception as error:  # diffusers raises a dozen kinds here, among them network errors
         raise BaseError(
-            f"{name}: cannot be read as a Stable Diffusion 1.x/2.x checkpoint ({error}). Its configs come from the "
-            "hub on first use; without a network, convert it to a diffusers folder first"
+            f"{name}: cannot be read as a Stable Diffusion 1.x/2.x checkpoint ({error}). Its configs come "
+            "from the hub on first use; without a network, convert it to a diffusers folder first"
         ) from None
 
 
@@ -177,21 +193,22 @@ def compute_dtype(mixed_precision: str) -> torch.dtype:
 def set_up_backend(device_type: str, *, allow_tf32: bool = True, deterministic: bool = False) -> None:
     """Process-wide settings, to be made before the first kernel runs.
 
-    Denormals are flushed: a flat picture region makes them, and they slow convolution backward fivefold on CPUs.
-    Threads started later inherit that mode, so it comes first.
+    Denormals are flushed: a flat picture region makes them, and they slow convolution backward fivefold on
+    CPUs. Threads started later inherit that mode, so it comes first.
     """
     torch.set_flush_denormal(True)
     if device_type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(True)
 
 
 def enable_xformers(unet) -> str | None:
     """Use xformers' attention where a probe kernel really runs; otherwise return why SDPA is used instead."""
     try:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]  # optional
     except ImportError:
         return "xformers is not installed (requirements-xformers.txt)"
     if unet.device.type != "cuda":
@@ -200,9 +217,7 @@ def enable_xformers(unet) -> str | None:
         probe = torch.zeros(1, 16, 2, 32, device=unet.device, dtype=torch.float16)
         memory_efficient_attention(probe, probe, probe)
         unet.enable_xformers_memory_efficient_attention()
-    except (
-        Exception
-    ) as error:  # an extension built for another torch raises NotImplementedError, RuntimeError, …
+    except Exception as error:  # built for another torch it raises NotImplementedError, RuntimeError, …
         return f"xformers cannot run here ({str(error).splitlines()[0]})"
     return None
 

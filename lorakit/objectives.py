@@ -30,11 +30,18 @@ class Batch:
     prompt_embeds: Tensor | None
     input_ids: Tensor | None
 
+    def text_states(self, text_encoder: Callable | None) -> Tensor:
+        """(B, L, D): the cached states, or what `text_encoder` makes of the ids while it is trained."""
+        if text_encoder is not None:
+            return text_encoder(self.input_ids)[0]
+        assert self.prompt_embeds is not None
+        return self.prompt_embeds
+
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Min-SNR-gamma weights of a loss in the model's own parameterisation (Hang et al. 2023, eq. 8 and sec. 3.4).
+    """Min-SNR-gamma weights of a loss on what the model predicts (Hang et al. 2023, eq. 8 and sec. 3.4).
 
-    min(SNR, gamma) is the weight of a loss on x_0; a loss on eps carries SNR of it, a loss on v carries SNR + 1.
+    min(SNR, gamma) is the weight of a loss on x_0; one on eps carries SNR of it, one on v carries SNR + 1.
     """
     clipped = snr.clamp(max=gamma)
     if prediction_type == "sample":

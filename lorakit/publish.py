@@ -22,9 +22,11 @@ REMEDIES = {
     errno.EACCES: "change the permissions or use another folder",
     errno.EPERM: "change the permissions or use another folder",
     errno.ENAMETOOLONG: "shorten the name",
-    errno.ENOTDIR: "a part of this path is a file; rename that file or use another folder",
+    errno.ENOTDIR: "a part of this path is a file or a broken link; rename that or use another folder",
     errno.EISDIR: "a folder has the name of the file; rename one of them",
     errno.EIO: "the disk or the network share reports a fault; check it or write elsewhere",
+    errno.ESTALE: "the network share has gone; mount it again or write elsewhere",
+    errno.ETIMEDOUT: "the network share does not answer; mount it again or write elsewhere",
 }
 
 
@@ -63,6 +65,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder)) from error
+    except FileNotFoundError as error:  # a file system without folders of ours, such as /proc
+        raise PermissionError(errno.EPERM, "not permitted", str(folder)) from error
 
 
 def write_synced(path: Path, data: bytes) -> None:

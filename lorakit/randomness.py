@@ -1,7 +1,7 @@
 """Randomness as a pure function of (seed, stream, step, sample): nothing to save, nothing that can drift.
 
-Every random number of a run comes from a generator seeded by a hash of what it is for. A result therefore depends
-neither on the batch size, nor on the number of processes, nor on having been interrupted.
+Every random number of a run comes from a generator seeded by a hash of what it is for. A result therefore
+depends neither on the batch size, nor on the number of processes, nor on having been interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # seeds, numbers and integers are drawn without torch
 
 
 def derive_seed(seed: int, stream: str, *index: int | str) -> int:
-    """A 63-bit seed from the run's seed, the name of a stream, and integers or names that say which draw it is."""
+    """A 63-bit seed from the run's seed, the name of a stream, and integers or names that number the draw."""
     text = "/".join([str(seed), stream, *map(str, index)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

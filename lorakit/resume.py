@@ -20,8 +20,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("version") != STATE_VERSION:
         raise UserError(
-            f"{folder}: its state has version {state.get('version')}, this toolkit reads version {STATE_VERSION}; "
-            "resume it with the version that wrote it"
+            f"{folder}: its state has version {state.get('version')}, this toolkit reads version "
+            f"{STATE_VERSION}; resume it with the version that wrote it"
         )
     return state
 
@@ -66,9 +66,10 @@ def check_resume(
         )
     if state["step"] > plan.steps:
         raise UserError(
-            f"{folder} is at step {state['step']}, past the {plan.steps} steps that n_epochs or max_train_steps ask for"
+            f"{folder} is at step {state['step']}, past the {plan.steps} steps that n_epochs or "
+            "max_train_steps ask for; raise them, or resume from an earlier checkpoint"
         )
     notes = [f"{key}: {old[key]} -> {new[key]}, from here on" for key in sorted(changed & set(applied))]
-    return notes + (
-        [f"nothing to do: step {plan.steps} of {plan.steps} is done"] if state["step"] == plan.steps else []
-    )
+    if state["step"] == plan.steps:
+        notes.append(f"nothing to do: step {plan.steps} of {plan.steps} is done")
+    return notes

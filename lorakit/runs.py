@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +178,18 @@ def find_resume(run: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     if resume is True or resume == "latest":
         return latest_checkpoint(run)
     folder = Path(resume)
+    known = "".join(f"\n  {path}" for _, path in checkpoints(run)) or " none"
     if folder.is_dir():
         if checkpoints(folder):
             newest = checkpoints(folder)[-1][1]
             raise CheckpointError(
                 f"{folder} is a run folder: resume from one of its checkpoints, such as {newest}"
             )
-        verify_checkpoint(folder)
+        try:
+            verify_checkpoint(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; the checkpoints of this run:{known}") from None
         return folder, []
-    known = "".join(f"\n  {path}" for _, path in checkpoints(run)) or " none"
     what = "is a file (a LoRA?), not a checkpoint folder" if folder.exists() else "does not exist"
     raise CheckpointError(f"resume_from_checkpoint: {folder} {what}; the checkpoints of this run:{known}")
 
@@ -266,23 +269,31 @@ def _describe(holder: Path) -> str:
         return "another process"
 
 
-def claim_run(run: Path, *, resume: bool | str, overwrite: bool) -> None:
+def claim_run(run: Path, *, resume: bool | str, overwrite: bool, results: Sequence[Path] = ()) -> None:
     """Refuses a folder that holds an earlier run, unless that run is resumed or overwritten.
 
-    Overwriting removes the earlier run's checkpoints, metrics, config and samples (pictures with an
-    eight-digit step in the name) and nothing else. Call it while holding the lock.
+    Overwriting removes the earlier run's checkpoints, metrics, config, best LoRA and samples (pictures with
+    an eight-digit step in the name) and nothing else. Call it while holding the lock.
+
+    Args:
+        results: files that the run will write; an existing one is refused likewise.
 
     Raises:
         UserError: an earlier run is there and neither was asked for, or both were.
     """
     if resume and overwrite:
         raise UserError("resume_from_checkpoint and overwrite=true exclude each other: drop one of them")
-    named = [path for path in (run / "metrics.jsonl", run / "config.json") if path.is_file()]
+    written = [path for path in (run / "best.safetensors", run / "metrics.jsonl") if path.is_file()]
     saved = checkpoints(run)
-    held = [path.name for _, path in saved] + [path.name for path in named]
-    if not held or resume:
+    held = [path.name for _, path in saved] + [path.name for path in written]
+    if resume:
         return
-    if not overwrite:
+    if not overwrite and not held and (taken := [str(path) for path in results if path.exists()]):
+        raise UserError(
+            f"{taken[0]} exists and is of no run in {run}: replace it with overwrite=true, or choose another"
+            " ckpt_name"
+        )
+    if held and not overwrite:
         raise UserError(
             f"{run} already holds a run ({', '.join(held[:3])}{', …' * (len(held) > 3)}): continue it with"
             " resume_from_checkpoint=latest, replace it with overwrite=true, or choose another ckpt_name"
@@ -293,8 +304,9 @@ def claim_run(run: Path, *, resume: bool | str, overwrite: bool) -> None:
     for path in list(samples.iterdir()) if samples.is_dir() else ():
         if SAMPLE_NAME.fullmatch(path.name) and path.is_file():
             path.unlink()
-    for path in named:  # the config last: until then an interrupted overwrite still shows as a run
+    for path in written:  # the metrics last: until then an interrupted overwrite still shows as a run
         path.unlink()
+    (run / "config.json").unlink(missing_ok=True)
 
 
 class MetricsFile:

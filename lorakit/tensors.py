@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,27 +23,73 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file, a pure function of the tensors and the metadata.
+    """The content of a safetensors file, a pure function of the tensors and the metadata; see `chunks`."""
+    return b"".join(chunks(tensors, metadata))
 
-    The library writes `__metadata__` in the order of a hash map, which differs between processes; here the
-    header is written again with sorted metadata, padded to 8 bytes. The tensors keep the library's order.
+
+def chunks(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview[int]]:
+    """The content of a safetensors file in pieces, the header first and then tensor by tensor, uncopied.
+
+    The library writes `__metadata__` in the order of a hash map, which differs between processes; here it is
+    sorted, and the header padded to 8 bytes. The tensors keep the library's order: by dtype, then by name.
     """
-    import safetensors.torch
-
-    ready = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
-    data = safetensors.torch.save(ready)
-    size = int.from_bytes(data[:8], "little")
-    header: dict[str, Any] = json.loads(data[8 : 8 + size])
-    if metadata:
-        header = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}, **header}
+    dtypes = _dtypes()
+    rank = {dtype: number for number, dtype in enumerate(dtypes)}
+    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": dtypes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield tensor_bytes(tensors[name])
 
 
-def payload_sha256(data: bytes) -> str:
-    """Hex sha256 of a safetensors file's tensor bytes: all that follows the header."""
-    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+def tensor_bytes(tensor: torch.Tensor) -> memoryview[int]:
+    """A tensor's values in row-major order, as they lie in memory where they already do."""
+    import torch
+
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _dtypes() -> dict[torch.dtype, str]:
+    """The format's names, in the order in which the library lays tensors out, so that each is aligned."""
+    import torch
+
+    names = "uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 bool"
+    short = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 I8 U8 BOOL"
+    return {getattr(torch, name): code for name, code in zip(names.split(), short.split(), strict=True)}
+
+
+def payload_sha256(data: bytes | Iterable[bytes | memoryview[int]]) -> str:
+    """Hex sha256 of the tensor bytes, all that follows the header, of a safetensors file or its `chunks`."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    digest = hashlib.sha256()
+    for number, piece in enumerate(data):
+        if number:
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_payload_sha256(path: Path) -> str:
+    """`payload_sha256` of a file on the disk, in the memory of a few megabytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The parts that the loop in train_lora.py puts together: precision, optimizer, learning rate, data, checkpoints."""
+"""The parts that train_lora.py puts together: precision, optimizer, learning rate, data, checkpoints."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ from lorakit.data import Augmentation, Latents, TrainingData, cache_latents, cac
 from lorakit.errors import OutputError
 from lorakit.folder import Table
 from lorakit.lora_check import verify_file, verify_in_diffusers
-from lorakit.lora_file import LoraPair, component_of, lora_bytes, read_lora
-from lorakit.lora_metadata import training_metadata
+from lorakit.lora_file import Layout, LoraPair, component_of, lora_bytes, read_lora
+from lorakit.lora_metadata import Component, training_metadata
 from lorakit.models import Base
 from lorakit.optimizer_state import pack_optimizer, unpack_optimizer
-from lorakit.plan import Plan, Views, training_views, validation_views
+from lorakit.plan import Plan, Views, result_paths, training_views, validation_views
 from lorakit.publish import publish_file
 from lorakit.resume import STATE_VERSION, read_state
 from lorakit.runs import checkpoints, publish_checkpoint
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 Modules = dict[str, LoraPair]
 
 
-# ---- processes, precision, optimizer ---------------------------------------------------------------------------
+# ---- processes, precision, optimizer ----
 
 
 def resolve_precision(mixed_precision: str) -> str:
@@ -48,14 +48,17 @@ def resolve_precision(mixed_precision: str) -> str:
 
 
 def make_optimizer(cfg: Any, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimizer over parameter groups that carry their own learning rate; optional packages are checked before."""
+    """The optimizer over parameter groups that carry their own learning rate.
+
+    plan.missing_packages has checked before that its optional package is there.
+    """
     common = {
         "betas": (cfg.adam_beta1, cfg.adam_beta2),
         "weight_decay": cfg.adam_weight_decay,
         "eps": cfg.adam_epsilon,
     }
     if cfg.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # optional
 
         return AdamW8bit(groups, **common)
     if cfg.optimizer == "prodigy":
@@ -67,9 +70,9 @@ def make_optimizer(cfg: Any, groups: list[dict]) -> torch.optim.Optimizer:
 
 
 def learning_rate_schedule(cfg: Any, steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at each step, a pure function of the step: nothing to save or to restore.
+    """The factor on the learning rate at each step, a pure function of the step, so with no state to save.
 
-    The formulas are diffusers'; several processes do not make it run faster, as accelerate's own wrapper would.
+    The formulas are diffusers'; unlike accelerate's own wrapper, it runs no faster on several processes.
     """
     from diffusers.optimization import get_scheduler
 
@@ -86,7 +89,7 @@ def learning_rate_schedule(cfg: Any, steps: int) -> Callable[[int], float]:
 
 
 def adapter_options(cfg: Any, part: str) -> dict[str, Any]:
-    """Arguments of lora.add_lora. The text encoder takes the preset of the U-Net, or its attention for a list."""
+    """Arguments of lora.add_lora. The text encoder takes the U-Net's preset, or its attention for a list."""
     targets = cfg.target_modules
     if part == "text_encoder" and not isinstance(targets, str):
         targets = "attention"
@@ -102,7 +105,7 @@ def adapter_options(cfg: Any, part: str) -> dict[str, Any]:
     }
 
 
-# ---- data ------------------------------------------------------------------------------------------------------
+# ---- data ----
 
 
 def prepare(
@@ -119,19 +122,16 @@ def prepare(
     Every process encodes its share of the pictures. `between` is called after each.
     """
     prompts = cfg.sample_prompts or tuple(dict.fromkeys(row.caption for row in plan.table.rows))[:2]
-    data = _cached(
-        cfg, plan, base, accelerator, plan.table, plan.shapes, training_views(cfg, plan), prompts, between
-    )
+    common = (cfg, plan, base, accelerator, between)
+    data = _cached(*common, plan.table, plan.shapes, training_views(cfg, plan), prompts)
     validation = data
     if plan.validation is not None:
         views = validation_views(plan)
-        validation = _cached(
-            cfg, plan, base, accelerator, plan.validation, plan.validation_shapes, views, (), between
-        )
+        validation = _cached(*common, plan.validation, plan.validation_shapes, views, ())
 
     def embed() -> tuple[torch.Tensor, torch.Tensor]:
-        if text_encoder is None:
-            return torch.stack([data.text_states[p] for p in prompts]), data.text_states[""][None]
+        if (cached := data.text_states) is not None:
+            return torch.stack([cached[prompt] for prompt in prompts]), cached[""][None]
         states = text_encoder(base.tokenize([*prompts, ""]))[0]
         return states[:-1], states[-1:]
 
@@ -146,11 +146,12 @@ def prepare(
         steps=cfg.sample_inference_steps,
         guidance_scale=cfg.sample_guidance_scale,
     )
+    base.park(keep_text_encoder=text_encoder is not None)
     return data, validation, sheet
 
 
 def _cached(
-    cfg, plan, base, accelerator, table: Table, shapes, rows: Views, prompts, between
+    cfg, plan, base, accelerator, between, table: Table, shapes, rows: Views, prompts
 ) -> TrainingData:
     vae_hash, text_hash = (weights_hash(base.info.files[part]) for part in ("vae", "text_encoder"))
     views = [view for row in rows for view in row]
@@ -170,10 +171,11 @@ def _cached(
         ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
     else:
         states = cache_text_states(prompts, base, plan.cache_dir, text_hash)
+    entries = [view.entry(plan.cache_dir, vae_hash) for view in views]
     return TrainingData(
         table,
         shapes,
-        Latents([view.entry(plan.cache_dir, vae_hash) for view in views], base.device, _budget(base.device)),
+        Latents(entries, base.device, _budget(base.device)),
         [len(row) for row in rows],
         base,
         text_states=states,
@@ -198,28 +200,29 @@ def order_of(cfg: Any, plan: Plan):
     return sample_order(cfg.seed, plan.shapes, plan.total_batch, plan.steps)
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------
+# ---- checkpoints ----
 
 
 def live_modules(unet, text_encoder) -> dict[str, LoraPair]:
     """A copy of the LoRA as it stands, by kohya name."""
-    return lora.extract(unet, "unet") | (
-        {} if text_encoder is None else lora.extract(text_encoder, "text_encoder")
-    )
+    modules = lora.extract(unet, "unet")
+    return modules if text_encoder is None else modules | lora.extract(text_encoder, "text_encoder")
 
 
 def save_checkpoint(
     run: Path, state: dict[str, Any], unet, text_encoder, optimizer, scaler, best: Modules | None
 ) -> Path:
-    """Publish `checkpoint-<step>`: LoRA, optimizer and counters as safetensors and JSON; randomness needs no state."""
+    """Publish `checkpoint-<step>`: LoRA, optimizer and counters as safetensors and JSON.
+
+    Randomness has no state to save (lorakit.randomness).
+    """
+    libraries = ("torch", "diffusers", "peft", "accelerate", "transformers")
     tensors, packed = pack_optimizer(optimizer.state_dict())
     state = state | {
         "version": STATE_VERSION,
         "optimizer": packed,
         "scaler": None if scaler is None else scaler.state_dict(),
-        "libraries": {
-            name: version(name) for name in ("torch", "diffusers", "peft", "accelerate", "transformers")
-        },
+        "libraries": {name: version(name) for name in libraries},
     }
     files = {
         "lora.safetensors": lora_bytes(live_modules(unet, text_encoder), layout="diffusers", metadata={}),
@@ -247,19 +250,23 @@ def load_checkpoint(
 
 def insert_modules(modules: Modules, unet, text_encoder) -> None:
     """Put a LoRA into the live layers, exactly."""
-    for part, model in (("unet", unet), ("text_encoder", text_encoder)):
+    models: dict[Component, Any] = {"unet": unet, "text_encoder": text_encoder}
+    for part, model in models.items():
         own = {name: pair for name, pair in modules.items() if component_of(name) == part}
         if model is not None:
             lora.insert(model, part, own)
 
 
-# ---- LoRA files ------------------------------------------------------------------------------------------------
+# ---- LoRA files ----
 
 
 def write_lora(
-    path: Path, cfg: Any, plan: Plan, modules: Modules, step: int, layout: str | None = None
+    path: Path, cfg: Any, plan: Plan, modules: Modules, step: int, layout: Layout | None = None
 ) -> None:
-    """Publish one LoRA file, read it back and compare. Its bytes follow from config, data and versions alone."""
+    """Publish one LoRA file, read it back and compare.
+
+    Its bytes follow from config, data and versions alone.
+    """
     layout = layout or ("diffusers" if cfg.save_format == "diffusers" else "kohya")
     base, pictures = plan.base, len(plan.table.rows)
     metadata = training_metadata(
@@ -286,10 +293,7 @@ def publish_lora(cfg: Any, plan: Plan, base: Base, modules: Modules, step: int) 
     Raises:
         OutputError: what diffusers makes of the file is not what was trained.
     """
-    final = Path(cfg.output_dir) / f"{cfg.ckpt_name}.safetensors"
-    paths = {final: "diffusers" if cfg.save_format == "diffusers" else "kohya"}
-    if cfg.save_format == "both":
-        paths[final.with_name(f"{cfg.ckpt_name}_diffusers.safetensors")] = "diffusers"
+    paths = result_paths(cfg)
     text_encoder = base.text_encoder if cfg.train_text_encoder else None
     insert_modules(modules, base.unet, text_encoder)
     for path, layout in paths.items():
@@ -303,7 +307,7 @@ def publish_lora(cfg: Any, plan: Plan, base: Base, modules: Modules, step: int) 
     return list(paths)
 
 
-# ---- small decisions of the loop -------------------------------------------------------------------------------
+# ---- small decisions of the loop ----
 
 
 @dataclass(frozen=True)
@@ -345,10 +349,18 @@ def any_process(accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
+def exhausted(cfg: Any, state: dict[str, Any]) -> bool:
+    """Whether the validation loss has not improved for `early_stop_patience` validations."""
+    return cfg.early_stop_patience is not None and state["stale"] >= cfg.early_stop_patience
+
+
+def trackers(cfg: Any) -> list[Any]:
+    """The names in `report_to`; Any, since a list of str does not fit what accelerate takes."""
+    return [cfg.report_to] if isinstance(cfg.report_to, str) else list(cfg.report_to or ())
+
+
 def start_trackers(cfg: Any, accelerator) -> None:
     """Start TensorBoard or what `report_to` names; one that cannot start is a warning."""
-    if not cfg.report_to:
-        return
     config = {
         key: value if isinstance(value, (int, float, str)) else str(value)
         for key, value in cfg.model_dump().items()
@@ -358,15 +370,20 @@ def start_trackers(cfg: Any, accelerator) -> None:
     except Exception as error:  # a read-only folder, no network, no login: each tracker raises its own kind
         log.warning("report_to %s cannot start, training goes on without: %s", cfg.report_to, error)
         accelerator.trackers = []
+        return
+    missing = set(trackers(cfg)) - {tracker.name for tracker in accelerator.trackers}
+    if missing and accelerator.is_main_process:
+        log.warning("report_to: pip install %s; training goes on without", " ".join(sorted(missing)))
 
 
 def diverged(cfg: Any, plan: Plan, run: Path, data: TrainingData, order, step: int, lr_factor) -> str:
     """What is known of the step whose loss or gradient was not finite."""
-    rows = order[step - 1]
-    samples = data.describe(rows, range((step - 1) * plan.total_batch, step * plan.total_batch))
+    positions = range((step - 1) * plan.total_batch, step * plan.total_batch)
+    samples = data.describe(order[step - 1], positions)
+    rate = cfg.learning_rate * lr_factor(step - 1)
     kept = checkpoints(run)
     return (
-        f"step {step}: the loss or its gradient is not finite, at learning rate {cfg.learning_rate * lr_factor(step - 1):.3g}. "
+        f"step {step}: the loss or its gradient is not finite, at learning rate {rate:.3g}. "
         f"Its samples: {samples}. Nothing of it was saved; "
         + (f"the last checkpoint is {kept[-1][1]}. " if kept else "there is no checkpoint yet. ")
         + "Lower learning_rate, or look at these pictures"

@@ -1,4 +1,4 @@
-"""How each picture is shown to the model: its bucket, its crop, and the name of its cache entry. No torch here."""
+"""How a picture is shown to the model: its bucket, its crop, the name of its cache entry. No torch here."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def entry_name(*parts) -> str:
 class View:
     """One picture as the VAE sees it: resized to cover `shape`, cropped to it, mirrored or not.
 
-    `offset` is where the crop lies in what sticks out, (0, 0) at the left and top, (1, 1) at the right and bottom.
+    `offset` is where the crop lies in what sticks out: (0, 0) left and top, (1, 1) right and bottom.
     """
 
     row: Row
@@ -77,13 +77,12 @@ class View:
 def views_of(row: Row, shape: Shape, *, flip: bool = False, crops: int = 1) -> list[View]:
     """The views of a picture that are cached, the centre crop first; further crops lie at random.
 
-    Crops are made before the VAE and not from its latents: its normalization looks at the whole picture, so that a
-    crop of latents decodes several dB worse than the latents of the crop (docs/LOG.md).
+    Crops are made before the VAE and not from its latents: its normalization looks at the whole picture, so
+    that a crop of latents decodes several dB worse than the latents of the crop (docs/LOG.md).
     """
     offsets = [(0.5, 0.5)]
     if row.width * shape[1] != row.height * shape[0]:  # something sticks out
         draw = partial(uniform, 0, "crop", row.sha256)
         offsets += [(round(draw(k, "x"), 4), round(draw(k, "y"), 4)) for k in range(1, crops)]
-    return [
-        View(row, shape, offset, side) for offset in offsets for side in ((False, True) if flip else (False,))
-    ]
+    flips = (False, True) if flip else (False,)
+    return [View(row, shape, offset, mirrored) for offset in offsets for mirrored in flips]

@@ -1,7 +1,7 @@
-"""What is seen of a run while it trains: metrics, validation loss, sample sheets. None of it touches the training.
+"""What is seen of a run while it trains: metrics, validation loss, sample sheets. None of it alters the run.
 
-The loss of one random timestep is noise. What is shown is a running mean, and what judges is the loss at fixed
-timesteps with fixed noise.
+The loss of one random timestep is noise. What is shown is a running mean, and what judges is the loss at
+fixed timesteps with fixed noise.
 """
 
 import logging
@@ -29,7 +29,7 @@ SMOOTHING = 0.98  # of the running mean, per step
 
 
 class Metrics:
-    """Losses and gradient norms, fetched from the device every few steps and not at each, so that no step waits.
+    """Losses and gradient norms, fetched from the device every few steps only, so that no step waits.
 
     Args:
         accelerator: reduces over processes and forwards to trackers.
@@ -61,9 +61,7 @@ class Metrics:
             if not math.isfinite(loss) or (not math.isfinite(norm) and self.accelerator.scaler is None):
                 broken = step
                 break
-            keep = min(
-                SMOOTHING, 1 - 1 / step
-            )  # a plain mean at first, so that the first loss has no more weight
+            keep = min(SMOOTHING, 1 - 1 / step)  # at first a plain mean, in which no loss weighs more
             self.smoothed = keep * (self.smoothed or 0.0) + (1 - keep) * loss
             record = {"step": step, "loss": loss, "loss_smoothed": self.smoothed, "grad_norm": norm, "lr": lr}
             self.write(record | {"images_per_second": rate})
@@ -73,15 +71,14 @@ class Metrics:
         return broken
 
     def write(self, record: dict[str, float | int]) -> None:
-        """One line of metrics.jsonl, and the same for the trackers; a tracker that fails does not end the run."""
+        """One line of metrics.jsonl, and the same for the trackers; one that fails does not end the run."""
         if not self.accelerator.is_main_process:
             return
         self.file.append(record)
         if self.accelerator.trackers:
+            values = {key: value for key, value in record.items() if key != "step"}
             try:
-                self.accelerator.log(
-                    {k: v for k, v in record.items() if k != "step"}, step=int(record["step"])
-                )
+                self.accelerator.log(values, step=int(record["step"]))
             except Exception as error:  # a full disk, a server that is gone: each tracker raises its own kind
                 log.warning("tracking stopped, training goes on: %s", error)
                 self.accelerator.trackers = []
@@ -94,19 +91,19 @@ class Metrics:
 def validation_loss(
     data: TrainingData, unet, text_encoder, schedule: NoiseSchedule, cfg: Any, accelerator
 ) -> float:
-    """Mean loss of up to `validation_images` pictures at fixed timesteps with fixed noise, over all processes.
+    """Mean loss of up to `validation_images` pictures, at fixed timesteps with fixed noise.
 
-    Each process takes its share of the pictures; the result is the same on all of them. Pictures are spread evenly
-    over the table, so that the first folder does not stand for all.
+    Each process takes its share of the pictures; the result is the same on all of them. Pictures are spread
+    evenly over the table, so that the first folder does not stand for all.
     """
     count = min(cfg.validation_images, len(data.table.rows))
     rows = [i * len(data.table.rows) // count for i in range(count)]
     models = [unet] if text_encoder is None else [unet, text_encoder]
     total = torch.zeros(())
-    with evaluating(*models):
+    with evaluating(*models), accelerator.autocast():
         for row in rows[accelerator.process_index :: accelerator.num_processes]:
             batch = data.fixed_batch(row, cfg.validation_timesteps)
-            embeds = batch.prompt_embeds if text_encoder is None else text_encoder(batch.input_ids)[0]
+            embeds = batch.text_states(text_encoder)
             total += OBJECTIVES[cfg.objective](unet, batch, schedule, embeds, cfg.snr_gamma).mean().cpu()
     return float(accelerator.reduce(total.to(accelerator.device), "sum")) / count
 
@@ -130,17 +127,16 @@ def sample_images(
     """
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(
-        base.vae, None, None, base.unet, base.scheduler, None, None, requires_safety_checker=False
-    )
+    parts: dict[str, Any] = {"vae": base.vae, "unet": base.unet, "scheduler": base.scheduler}
+    parts |= dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe: Any = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     width, height = shape
-    factor, channels = base.info.vae_factor, base.info.latent_channels
+    factor = base.info.vae_factor
+    latent_shape = (base.info.latent_channels, height // factor, width // factor)
     images = []
     for embeds in prompt_embeds:
-        noise = [
-            randomness.normal((channels, height // factor, width // factor), seed, "sample") for seed in seeds
-        ]
+        noise = [randomness.normal(latent_shape, seed, "sample") for seed in seeds]
         latents = pipe(
             prompt_embeds=embeds.expand(len(seeds), -1, -1).to(base.dtype),
             negative_prompt_embeds=negative_embeds.expand(len(seeds), -1, -1).to(base.dtype),
@@ -151,15 +147,13 @@ def sample_images(
             guidance_scale=guidance_scale,
             output_type="latent",
         ).images
-        for (
-            latent
-        ) in latents:  # one at a time: the VAE's memory, not the U-Net's, is what a large picture exhausts
+        for latent in latents:  # one at a time: it is the VAE that needs the most memory for a large picture
             images.append(from_array(base.decode(latent[None])[0].cpu().numpy()))
     return images
 
 
 class SampleSheet:
-    """Samples of fixed prompts and seeds over the run: a row each, a column per step, and one without the LoRA."""
+    """Samples of fixed prompts and seeds over the run: a row each, a column per step, one without LoRA."""
 
     def __init__(self, folder: Path, base: Base, text_encoder, prompts: Sequence[str], embed, **options):
         self.folder, self.base, self.text_encoder = folder, base, text_encoder
@@ -174,9 +168,10 @@ class SampleSheet:
             self._sample(step)
             self._draw_sheet()
         except Exception as error:
-            log.warning(
-                "samples at step %d failed, training goes on: %s: %s", step, type(error).__name__, error
-            )
+            kind = type(error).__name__
+            log.warning("samples at step %d failed, training goes on: %s: %s", step, kind, error)
+        finally:
+            self.base.park(keep_text_encoder=True)
 
     def _files(self, step: int) -> list[Path]:
         return sorted(self.folder.glob(f"{step:08d}-*.png"))

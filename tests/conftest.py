@@ -150,6 +150,7 @@ def settings(tiny_base, pictures, tmp_path):
             resolution=16,
             aspect_ratio_buckets=False,
             rank=4,
+            target_modules="attention",
             learning_rate=1e-2,
             n_epochs=None,
             max_train_steps=6,

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from lorakit.base import BaseError, inspect_base, weights_hash
+from lorakit.base import BaseError, inspect_base, weight_shapes, weights_hash
 
 MINIATURE = Path(__file__).resolve().parents[1] / "ckpt" / "miniature"
 
@@ -85,6 +86,30 @@ def test_cut_weights_are_said(copy):
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
     assert str(path) in refused(copy)
+
+
+@pytest.fixture
+def sharded(copy):
+    """The miniature with its U-Net in two files, as diffusers shards large ones."""
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    shards = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        save_file({name: tensors[name] for name in tensors if shards[name] == shard}, path.with_name(shard))
+    path.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    return copy
+
+
+def test_shards_are_counted_like_one_file(sharded):
+    info, whole = inspect_base(str(sharded)), inspect_base(str(MINIATURE))
+    assert info.parameters == whole.parameters
+    assert weight_shapes(info.files["unet"]) == weight_shapes(whole.files["unet"])
+
+
+def test_a_missing_shard_is_named(sharded):
+    (sharded / "unet" / "part-1.safetensors").unlink()
+    assert str(sharded / "unet" / "part-1.safetensors") in refused(sharded)
 
 
 @pytest.mark.parametrize("content", ["{", ""])

@@ -497,7 +497,7 @@ def test_the_schema_describes_each_key_and_refuses_others(capsys):
 # ---- properties ----------------------------------------------------------------------------------
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-numbers = st.floats(allow_nan=False, allow_infinity=False)
+numbers = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
 toys = st.builds(
     Toy,
     ckpt_name=texts.filter(len),

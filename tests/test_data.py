@@ -24,6 +24,7 @@ from lorakit.models import Base
 from lorakit.views import views_of
 
 CPU = torch.device("cpu")
+PLAIN = Augmentation()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def base(tiny_base):
 def make_data(base, pictures, tmp_path):
     """Factory of TrainingData over the small pictures at 16x16, with a cache of its own."""
 
-    def make(augmentation=Augmentation(), seed=0, flip=False, crops=1, budget=(1 << 30, 1 << 30)):
+    def make(augmentation=PLAIN, seed=0, flip=False, crops=1, budget=(1 << 30, 1 << 30)):
         table = read_folder(pictures)
         rows = [views_of(row, (16, 16), flip=flip, crops=crops) for row in table.rows]
         views = [view for row in rows for view in row]

@@ -83,9 +83,8 @@ def test_states_of_other_optimizers_come_back_as_they_were():
         "extra": {"name": "prodigy", "nothing": math.nan},
     }
     back = through_disk(state)
-    assert repr(back) == repr(
-        state
-    )  # types, order and every digit; tensors are short enough to be shown whole
+    # types, order and every digit; the tensors are short enough to be shown whole
+    assert repr(back) == repr(state)
     assert back["state"][1]["half"].dtype == torch.bfloat16
     assert torch.equal(back["state"][1]["quant"]["qmap1"], shared)
 

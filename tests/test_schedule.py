@@ -50,7 +50,7 @@ def test_velocity_equals_diffusers():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_signal_and_noise_follow_from_x_t_and_velocity(seed):
-    """x_0 = sqrt(a) x_t - sqrt(1-a) v and eps = sqrt(1-a) x_t + sqrt(a) v (Salimans & Ho 2022, appendix D)."""
+    """x_0 = sqrt(a) x_t - sqrt(1-a) v, eps = sqrt(1-a) x_t + sqrt(a) v (Salimans & Ho 2022, appendix D)."""
     latents, noise, timesteps = sample(seed)
     s = schedule("v_prediction")
     a = s.alpha_bar[timesteps].view(-1, 1, 1, 1).float()

@@ -1,4 +1,4 @@
-"""train_lora.py on a tiny base: what it writes, that options do what they say, and that runs equal each other."""
+"""train_lora.py on a tiny base: what it writes, that options do what they say, that runs equal each other."""
 
 import hashlib
 import json
@@ -169,9 +169,8 @@ def test_samples_validation_logging_and_saving_do_not_touch_the_training(trained
         logging_steps=1,
         checkpointing_steps=1,
     )
-    assert (
-        len(list((watched.with_suffix("") / "samples").glob("*.png"))) == 4 * 4 + 1
-    )  # 2 prompts x 2 seeds, sheet
+    samples = list((watched.with_suffix("") / "samples").glob("*.png"))
+    assert len(samples) == 4 * 4 + 1  # 2 prompts x 2 seeds at 4 steps, and the sheet
     assert deltas(plain).keys() == deltas(watched).keys()
     assert relative_difference(plain, watched) == 0
 
@@ -573,8 +572,36 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_resumes(
 
 
 @pytest.mark.slow
+def test_a_launcher_that_dies_takes_the_training_with_it(settings, tmp_path):
+    """accelerate launch passes no SIGTERM on; the training notices that its parent has gone."""
+    arguments = settings(max_train_steps=100_000, checkpointing_steps=100_000, validation_steps=0)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "train_lora.py", *arguments]
+    with open(tmp_path / "out.txt", "w") as out:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+    run = tmp_path / "ckpt/run"
+    wait_for(lambda: (run / "metrics.jsonl").exists(), launcher)
+    pid = json.loads((run / ".lock.json").read_text())["pid"]
+    launcher.terminate()
+    launcher.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while (run / ".lock.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not (run / ".lock.json").exists(), f"process {pid} lives on"
+    assert list(run.glob("checkpoint-*")) and "stopped: at step" in (tmp_path / "out.txt").read_text()
+
+
+@pytest.mark.slow
 def test_kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run(trained, settings, tmp_path):
-    """Children are forked from this process, which has imported everything: a start takes a blink, not ten seconds."""
+    """Children are forked from this process, which has imported everything, so that a start takes a blink."""
     import random
 
     options = dict(max_train_steps=120, checkpointing_steps=3, validation_steps=10)
@@ -622,7 +649,14 @@ def test_two_runs_on_one_folder(trained, settings, tmp_path):
 
 # ---- the command line ----
 
-QUICK = f"import sys, runpy; sys.argv = {{argv}}\ntry:\n    runpy.run_path('train_lora.py', run_name='__main__')\nexcept SystemExit as e:\n    print('torch' in sys.modules, e.code)"
+QUICK = """
+import runpy, sys
+sys.argv = {argv}
+try:
+    runpy.run_path("train_lora.py", run_name="__main__")
+except SystemExit as end:
+    print("torch" in sys.modules, end.code)
+"""
 
 
 @pytest.mark.parametrize(
