@@ -23,20 +23,19 @@ from pydantic import Field, model_validator
 
 from lorakit.config import Config, parse_command
 from lorakit.errors import DivergedError, StoppedError, UserError
-from lorakit.plan import (
-    Plan,
-    checkpoint_bytes,
-    describe_plan,
-    launched_processes,
-    lost_tokens,
-    make_plan,
-    missing_packages,
-    result_paths,
-)
+from lorakit.forecast import checkpoint_bytes, describe_plan, lost_tokens
+from lorakit.plan import Plan, launched_processes, make_plan, missing_packages, result_paths
 from lorakit.process import StopFlag, run_guarded
 from lorakit.publish import check_writable, publish_file
-from lorakit.resume import check_resume, run_record
-from lorakit.runs import claim_run, find_resume, lock_run, prune_checkpoints, verify_checkpoint
+from lorakit.resume import check_resume, run_record, validation_record
+from lorakit.runs import (
+    claim_run,
+    find_resume,
+    lock_run,
+    prune_checkpoints,
+    set_aside_after,
+    verify_checkpoint,
+)
 
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -58,7 +57,7 @@ class TrainConfig(Config):
     }
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="compute dtype of the frozen base; auto: the launcher's choice, else bf16 (or fp16) on a GPU and float32 on a CPU. LoRA weights are float32 always")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="compute dtype of the frozen base; auto: fp16 or bf16 if the launcher says so, else bf16 (or fp16) on a CUDA GPU and float32 elsewhere. LoRA weights are float32 always")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(None, description="what the U-Net predicts; null: as the base's scheduler says")
     enable_xformers_memory_efficient_attention: bool = Field(False, description="xformers attention where it runs, else torch SDPA and one line that says so")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third slower")
@@ -67,11 +66,11 @@ class TrainConfig(Config):
     deterministic: bool = Field(False, description="bit-exact resume on a GPU too, by slower kernels (a CPU run is bit-exact always)")
 
     data_dir: str | None = Field(None, description="folder of pictures, with metadata.jsonl (file_name, text) or a .txt beside each picture")
-    dataset_name: str | None = Field(None, description="instead of data_dir: a hub dataset, or a folder that datasets.load_dataset reads")
+    dataset_name: str | None = Field(None, description="instead of data_dir: a hub dataset, or a folder that datasets.load_dataset reads; its pictures are held in memory")
     dataset_config_name: str | None = Field(None, description="configuration of that dataset")
     dataset_split: str = Field("train", description="split of that dataset, datasets' slicing allowed")
     image_column: str = Field("image", description="its column of pictures")
-    caption_column: str | None = Field(None, description='column of captions; null: "text", or the only other column of text')
+    caption_column: str | None = Field(None, description='column or key of captions; null: "text", or in a folder the only other key with text')
     resolution: int | None = Field(None, ge=8, description="pixels: side of the square, or square root of a bucket's area; null: the base's own")
     aspect_ratio_buckets: bool | None = Field(None, description="train each picture near its own aspect; false: square crops; null: on for two pictures or more")
     crop: Literal["center", "random"] = Field("center", description="what of a picture is kept where it sticks out of its shape: the middle, or one of random_crops")
@@ -160,6 +159,8 @@ class TrainConfig(Config):
             raise ValueError(f'lr_warmup_steps, lr_scheduler_name: "{self.lr_scheduler_name}" has no warm-up; take "constant_with_warmup"')
         if self.lr_scheduler_name == "polynomial" and self.learning_rate <= 1e-7:
             raise ValueError("lr_scheduler_name, learning_rate: polynomial ends at 1e-7, so learning_rate must be larger")
+        if self.optimizer == "prodigy" and self.text_encoder_learning_rate not in (None, self.learning_rate):
+            raise ValueError("optimizer, text_encoder_learning_rate: prodigy finds one rate for all; leave text_encoder_learning_rate out")
         if self.text_encoder_learning_rate and not self.train_text_encoder:
             raise ValueError("text_encoder_learning_rate, train_text_encoder: the rate is of use only with train_text_encoder")
         if self.total_batch_size and self.gradient_accumulation_steps > 1:
@@ -218,13 +219,19 @@ def train(
     precision = training.resolve_precision(cfg.mixed_precision)
     trackers = training.trackers(cfg)
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=cfg.log_dir)
+    if accelerator.num_processes != plan.world_size:
+        raise UserError(
+            f"the launcher names {plan.world_size} processes, {accelerator.num_processes} arrived"
+        )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError('mixed_precision "fp16" needs a GPU: take "no" or "bf16" on a CPU')
     set_up_backend(accelerator.device.type, allow_tf32=cfg.allow_tf32, deterministic=cfg.deterministic)
     main = accelerator.is_main_process
     say = tqdm.write if main else str
-    base = Base(plan.base, accelerator.device, compute_dtype(precision))
-    schedule = base.noise_schedule(cfg.prediction_type)
+    base = Base(plan.base, accelerator.device, compute_dtype(precision), cfg.prediction_type)
+    schedule = base.noise_schedule()
+    if not plan.base.known:  # a hub id that was not on this machine, or a single file
+        plan = make_plan(cfg, plan.world_size, base.info)
     unet, text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
     unet_params = lora.add_lora(unet, **training.adapter_options(cfg, "unet"))
     groups = [{"params": unet_params, "lr": cfg.learning_rate}]
@@ -270,10 +277,13 @@ def train(
             "stale": 0,
             "smoothed": None,
         }
-        best, skipped = None, 0
+        best = None
         if resume is not None:
             saved, best = training.load_checkpoint(resume, unet, text_encoder, optimizer, accelerator.scaler)
             state |= {key: saved[key] for key in state}
+            if saved["validation"] != validation_record(cfg, plan):
+                best = None
+                state |= {"best_loss": None, "best_step": None, "stale": 0}
         first_step = state["step"]
         pace = 0.1 if sys.stderr.isatty() else 60.0  # seconds between looks at the bar; a log file wants few
         extent = {"total": plan.steps, "initial": first_step}
@@ -283,7 +293,7 @@ def train(
         if main:
             metrics.file.truncate_after(first_step)
         training.start_trackers(cfg, accelerator)
-        closing.callback(accelerator.end_training)
+        closing.callback(training.end_tracking, accelerator)
         due = training.due_steps(cfg, plan.steps)
         per_pass = accelerator.num_processes * cfg.train_batch_size
         mine = accelerator.process_index * cfg.train_batch_size
@@ -316,23 +326,22 @@ def train(
             optimizer.zero_grad()
             state["step"] = done = step + 1
             metrics.add(done, step_loss, grad_norm, optimizer.param_groups[0]["lr"])
-            skipped = skipped + 1 if optimizer.step_was_skipped else 0  # by the fp16 scaler, on overflow
 
             stopping = training.any_process(accelerator, bool(stop.poll()) or done == stop_after)
-            if done % cfg.logging_steps == 0 or done in due.any or stopping or skipped > 10:
-                broken = metrics.flush() or (done if skipped > 10 else None)
-                if broken is not None:
+            if done % cfg.logging_steps == 0 or done in due.any or stopping:
+                if (broken := metrics.flush()) is not None:
                     raise DivergedError(training.diverged(cfg, plan, run, data, order, broken, lr_factor))
                 state["smoothed"] = metrics.smoothed
             if done in due.validation:
                 loss = validation_loss(validation, unet, text_encoder, schedule, cfg, accelerator)
                 metrics.write({"step": done, "validation_loss": loss})
                 state["stale"] += 1
-                if state["best_loss"] is None or loss < state["best_loss"]:
+                if math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"]):
                     state |= {"best_loss": loss, "best_step": done, "stale": 0}
                     best = training.live_modules(unet, text_encoder)
                     if main:
-                        training.write_lora(run / "best.safetensors", cfg, plan, best, done)
+                        layout = next(iter(result_paths(cfg).values()))
+                        training.write_lora(run / "best.safetensors", layout, cfg, plan, best, done)
                 best_loss = state["best_loss"]
                 say(
                     f"step {done:6d} loss {metrics.smoothed:.4f}, validation {loss:.4f}, best {best_loss:.4f}"
@@ -378,9 +387,12 @@ def verify_resume(cfg: TrainConfig, plan: Plan, steps: int = 3) -> str:
             run = Path(part.output_dir) / part.ckpt_name
             resume = None
             if stop_after:
-                with contextlib.suppress(StoppedError):
-                    train(part, plan, run, stop_after=stop_after)
                 resume = run / f"checkpoint-{stop_after:08d}"
+                try:
+                    train(part, plan, run, stop_after=stop_after)
+                except StoppedError:
+                    if not resume.exists():  # a signal of the user's came first
+                        raise
             train(part, plan, run, resume)
             files = verify_checkpoint(run / f"checkpoint-{2 * steps:08d}")["files"]
             tensors = [name for name in files if name.endswith(".safetensors")]
@@ -415,6 +427,8 @@ def main(argv: list[str]) -> int:
         return 0
     missing_packages(cfg)
     if "verify-resume" in command.flags:
+        if world_size > 1:
+            raise UserError("--verify-resume runs in one process: start it without the launcher")
         print(verify_resume(cfg, plan))
         return 0
     run = Path(cfg.output_dir) / cfg.ckpt_name
@@ -428,12 +442,16 @@ def main(argv: list[str]) -> int:
         if resume is not None:
             notes.append(f"resuming from {resume}")
             notes += check_resume(cfg, plan, resume, fixed=FIXED, applied=APPLIED)
+            explicit = cfg.resume_from_checkpoint not in (True, "latest")
+            if rank == 0 and explicit and resume.resolve().parent == run.resolve():
+                notes += set_aside_after(run, int(resume.name.removeprefix("checkpoint-")))
         if rank == 0:
             text = json.dumps(cfg.model_dump(mode="json"), indent=2) + "\n"
             publish_file(run / "config.json", text.encode())
             print("\n".join(f"note        {note}" for note in notes), end="\n" if notes else "")
         again = [a for a in argv if not a.startswith(("resume_from_checkpoint=", "overwrite="))]
-        hint = shlex.join(["python", "train_lora.py", *again, "resume_from_checkpoint=latest"])
+        launcher = ["python"] if world_size == 1 else ["torchrun", "--nproc_per_node", str(world_size)]
+        hint = shlex.join([*launcher, "train_lora.py", *again, "resume_from_checkpoint=latest"])
         paths = train(cfg, plan, run, resume, hint=hint)
     if rank == 0:
         for path in paths:

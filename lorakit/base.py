@@ -9,7 +9,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,6 +207,13 @@ def weights_hash(path: Path) -> str:
         paths += _shards(path)
     digest = hashlib.sha256()
     for each in paths:
-        with open(each, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        status = each.stat()
+        digest.update(_file_hash(each, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()
+
+
+@cache
+def _file_hash(path: Path, size: int, mtime_ns: int) -> bytes:
+    """Once per process and state of the file: a checkpoint of 4 GB takes seconds."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -8,7 +8,7 @@ states are cached the same way, and it need not be loaded at all in a later run.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -83,7 +83,12 @@ def write_entry(path: Path, tensor: Tensor) -> None:
     publish_file(path, serialize({"tensor": tensor}, {"sha256": digest}))
 
 
-def cache_latents(
+def missing_views(views: Sequence[View], cache_dir: Path, vae_hash: str) -> list[View]:
+    """The views that have no valid cache entry."""
+    return [view for view in views if read_entry(view.entry(cache_dir, vae_hash)) is None]
+
+
+def encode_views(
     views: Sequence[View],
     base: Base,
     cache_dir: Path,
@@ -91,13 +96,12 @@ def cache_latents(
     *,
     image_options: dict,
     threads: int = 0,
-    between: Callable[[], None] = lambda: None,
-) -> int:
-    """Encode every view that has no valid cache entry; return how many were encoded.
+) -> Iterator[View]:
+    """Encode views into the cache, and yield each once its entry is there. `threads` decode ahead of the VAE.
 
-    `threads` decode ahead of the VAE; `between` is called after each picture (progress, signals).
+    Raises:
+        UserError: the VAE makes NaN or infinity of a picture.
     """
-    missing = [view for view in views if read_entry(view.entry(cache_dir, vae_hash)) is None]
 
     def pixels(view: View) -> Tensor:
         image = load_image(view.row.source, name=view.row.name, **image_options)
@@ -105,15 +109,14 @@ def cache_latents(
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         window = max(1, threads) * 2  # decoded pictures held at a time
-        for start in range(0, len(missing), window):
-            group = missing[start : start + window]
+        for start in range(0, len(views), window):
+            group = views[start : start + window]
             for view, image in zip(group, (pool.map if threads else map)(pixels, group), strict=True):
                 moments = base.encode(image)[0]
                 if not torch.isfinite(moments).all():
                     raise UserError(f"{view.row.name}: the VAE makes NaN or infinity of it; leave it out")
                 write_entry(view.entry(cache_dir, vae_hash), moments)
-                between()
-    return len(missing)
+                yield view
 
 
 class Latents:
@@ -150,17 +153,21 @@ class Latents:
 
 @torch.no_grad()
 def cache_text_states(
-    prompts: Sequence[str], base: Base, cache_dir: Path, text_hash: str
+    prompts: Sequence[str], base: Base, cache_dir: Path, text_hash: str, device: torch.device | None = None
 ) -> dict[str, Tensor]:
-    """Last hidden states (L, D) of each distinct prompt, float32 on the base's device."""
+    """Last hidden states (L, D) of each distinct prompt, float32, on `device` (the base's, if None).
+
+    Entries are named by token ids, so that another tokenizer never meets them.
+    """
     states = {}
     for prompt in dict.fromkeys(prompts):
-        path = cache_dir / "text" / entry_name(prompt, text_hash, str(base.dtype))
+        ids = base.tokenize([prompt])
+        path = cache_dir / "text" / entry_name(ids[0].tolist(), text_hash, str(base.dtype))
         state = read_entry(path)
         if state is None:
-            state = base.text_encoder(base.tokenize([prompt]))[0][0].float()
+            state = base.text_encoder(ids)[0][0].float()
             write_entry(path, state)
-        states[prompt] = state.to(base.device)
+        states[prompt] = state.to(device or base.device)
     return states
 
 
@@ -222,8 +229,8 @@ class TrainingData:
             latents=torch.stack(latents),
             noise=torch.stack(noise).to(self.device, non_blocking=True),
             timesteps=torch.tensor(timesteps),
-            prompt_embeds=_stack(self.text_states, prompts),
-            input_ids=_stack(self.token_ids, prompts),
+            prompt_embeds=self._stack(self.text_states, prompts),
+            input_ids=self._stack(self.token_ids, prompts),
         )
 
     def _latent(self, row: int, position: int) -> tuple[Tensor, Tensor]:
@@ -265,10 +272,9 @@ class TrainingData:
             latents=mean.expand(count, -1, -1, -1),
             noise=torch.stack(noise).to(self.device),
             timesteps=((torch.arange(count) + 0.5) * self.num_timesteps / count).long(),
-            prompt_embeds=_stack(self.text_states, prompts),
-            input_ids=_stack(self.token_ids, prompts),
+            prompt_embeds=self._stack(self.text_states, prompts),
+            input_ids=self._stack(self.token_ids, prompts),
         )
 
-
-def _stack(table: dict[str, Tensor] | None, prompts: Sequence[str]) -> Tensor | None:
-    return None if table is None else torch.stack([table[prompt] for prompt in prompts])
+    def _stack(self, table: dict[str, Tensor] | None, prompts: Sequence[str]) -> Tensor | None:
+        return None if table is None else torch.stack([table[prompt] for prompt in prompts]).to(self.device)

@@ -7,7 +7,8 @@ prompt_embeds are the text encoder's last hidden states (B, L, D).
 import logging
 import os
 from contextlib import contextmanager
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,27 @@ class Base:
         info: what lorakit.base.inspect_base found. A hub id is downloaded here, a single file is read here.
         device: where the parts live once loaded.
         dtype: compute dtype of the frozen U-Net and text encoder.
+        prediction_type: what the U-Net predicts; None: as the base's scheduler says.
 
     Raises:
         BaseError: the hub cannot be reached, or the files are not a Stable Diffusion 1.x/2.x.
     """
 
     def __init__(
-        self, info: BaseInfo, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        info: BaseInfo,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        prediction_type: str | None = None,
     ):
         _quiet()
-        self.device, self.dtype = torch.device(device), dtype
-        if not info.known:
-            info = _download(info, dtype) if info.kind == "hub" else _read_whole(info)
+        self.device, self.dtype, self.prediction_type = torch.device(device), dtype, prediction_type
+        self.whole = None  # of a single file: the pipeline that it holds
+        if info.kind == "file":
+            self.whole = _read_file(info.name)
+            info = _describe_whole(info.name, self.whole)
+        elif not info.known:
+            info = _download(info, dtype)
         self.info = info
 
     @cached_property
@@ -78,18 +88,21 @@ class Base:
         """The base's noise schedule as a DDIM sampler."""
         from diffusers import DDIMScheduler
 
-        return DDIMScheduler.from_config(self._load(DDIMScheduler, "scheduler").config, **DDIM)
+        changes: dict[str, Any] = dict(DDIM)
+        if self.prediction_type:
+            changes["prediction_type"] = self.prediction_type
+        return DDIMScheduler.from_config(self._load(DDIMScheduler, "scheduler").config, **changes)
 
-    def noise_schedule(self, prediction_type: str | None = None) -> NoiseSchedule:
-        return NoiseSchedule.from_scheduler(self.scheduler, prediction_type)
+    def noise_schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_scheduler(self.scheduler)
 
     def _load(self, cls, part: str, dtype: torch.dtype | None = None) -> Any:
         """One part; a model comes frozen and in eval mode.
 
         Any, since the libraries annotate `to`, `encode` and `config` in ways that correct calls do not fit.
         """
-        if self.info.kind == "file":
-            model = getattr(_single_file(self.info.name), part)
+        if self.whole is not None:
+            model = getattr(self.whole, part)
         else:
             options: dict = {"subfolder": part}
             if dtype is not None:
@@ -125,8 +138,8 @@ class Base:
         """Free the device of what training steps do not need; the VAE waits on the CPU until it is used."""
         if "vae" in vars(self):
             self.vae.to("cpu")
-        if not keep_text_encoder:
-            vars(self).pop("text_encoder", None)
+        if not keep_text_encoder and "text_encoder" in vars(self):
+            vars(self).pop("text_encoder").to("cpu")
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids (B, L) on the device, padded and cut to the tokenizer's own length."""
@@ -150,31 +163,23 @@ def _download(info: BaseInfo, dtype: torch.dtype) -> BaseInfo:
     """Fetch the parts of a hub base that are used; the half-precision weights where the dtype wants them."""
     from huggingface_hub import HfApi, snapshot_download
 
+    full = {part: f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()}
+    half = {part: name.replace(".safetensors", ".fp16.safetensors") for part, name in full.items()}
     try:
-        names = HfApi().list_repo_files(info.name)
-        weights = [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
-        if dtype != torch.float32 and f"unet/{WEIGHTS['unet']}.fp16.safetensors" in names:
-            weights = ["*/*.fp16.safetensors"]
+        names = set(HfApi().list_repo_files(info.name))
+        chosen = full if dtype == torch.float32 or half["unet"] not in names else half | {"vae": full["vae"]}
+        weights = [name if name in names else half[part] for part, name in chosen.items()]
         root = snapshot_download(info.name, allow_patterns=["*/*.json", "*/*.txt", *weights])
     except Exception as error:  # offline, gated, no such repository: the hub's message says which
         raise BaseError(
             f"{info.name}: cannot be fetched from the hub ({str(error).splitlines()[0]}). Without a network, "
             "name a local folder or file instead; the embedded base is ckpt/miniature"
         ) from None
-    return inspect_base(root)
+    return replace(inspect_base(root), name=info.name, kind="hub")
 
 
-def _read_whole(info: BaseInfo) -> BaseInfo:
-    pipe = _single_file(info.name)
-    configs = {part: dict(getattr(pipe, part).config) for part in ("unet", "vae", "scheduler")}
-    configs["text_encoder"] = pipe.text_encoder.config.to_dict()
-    counts = {part: getattr(pipe, part).num_parameters() for part in ("unet", "vae", "text_encoder")}
-    files = dict.fromkeys(counts, Path(info.name))
-    return describe_base(info.name, "file", Path(info.name), configs, files, counts)
-
-
-@cache
-def _single_file(name: str):
+def _read_file(name: str) -> Any:
+    """The pipeline of a single-file checkpoint, in float32 on the CPU."""
     from diffusers import StableDiffusionPipeline
 
     try:
@@ -184,6 +189,13 @@ def _single_file(name: str):
             f"{name}: cannot be read as a Stable Diffusion 1.x/2.x checkpoint ({error}). Its configs come "
             "from the hub on first use; without a network, convert it to a diffusers folder first"
         ) from None
+
+
+def _describe_whole(name: str, pipe: Any) -> BaseInfo:
+    configs = {part: dict(getattr(pipe, part).config) for part in ("unet", "vae", "scheduler")}
+    configs["text_encoder"] = pipe.text_encoder.config.to_dict()
+    counts = {part: getattr(pipe, part).num_parameters() for part in ("unet", "vae", "text_encoder")}
+    return describe_base(name, "file", Path(name), configs, dict.fromkeys(counts, Path(name)), counts)
 
 
 def compute_dtype(mixed_precision: str) -> torch.dtype:

@@ -33,7 +33,14 @@ def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
         "dataset": plan.table.fingerprint,
         "resolution": plan.resolution,
         "total_batch": plan.total_batch,
+        "validation": validation_record(cfg, plan),
     }
+
+
+def validation_record(cfg: Any, plan: Plan) -> list[Any]:
+    """What the validation loss depends on besides the LoRA: losses of another record do not compare."""
+    table = plan.validation or plan.table
+    return [table.fingerprint, cfg.validation_timesteps, cfg.validation_images]
 
 
 def check_resume(
@@ -51,7 +58,7 @@ def check_resume(
     lines = [f"{key}: {old[key]} -> {new[key]}" for key in sorted(changed & set(fixed))]
     if state["total_batch"] != plan.total_batch:
         lines.append(f"samples per step: {state['total_batch']} -> {plan.total_batch} (set total_batch_size)")
-    if state["resolution"] != plan.resolution:
+    if plan.base.known and state["resolution"] != plan.resolution:
         lines.append(f"resolution: {state['resolution']} -> {plan.resolution}")
     if lines:
         raise UserError(

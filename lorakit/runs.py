@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,23 @@ def find_resume(run: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
         return folder, []
     what = "is a file (a LoRA?), not a checkpoint folder" if folder.exists() else "does not exist"
     raise CheckpointError(f"resume_from_checkpoint: {folder} {what}; the checkpoints of this run:{known}")
+
+
+def set_aside_after(run: Path, step: int) -> list[str]:
+    """Renames the checkpoints behind `step` and drops samples behind it, when a run goes back to that step.
+
+    Else `latest` would later take one of the branch that was left. Returns a line for each.
+    """
+    lines = []
+    for later, folder in checkpoints(run):
+        if later > step:
+            aside = folder.with_name(f"left-{folder.name}-{uuid.uuid4().hex[:6]}")
+            folder.rename(aside)
+            lines.append(f"{folder.name} is of the branch that is left: it is now {aside.name}")
+    for path in (run / "samples").glob("[0-9]*.png"):
+        if path.name[:8].isdigit() and int(path.name[:8]) > step:
+            path.unlink()
+    return lines
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:

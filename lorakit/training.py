@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load as load_tensors
+from tqdm import tqdm
 
 from lorakit import lora
 from lorakit.base import weights_hash
-from lorakit.data import Augmentation, Latents, TrainingData, cache_latents, cache_text_states, sample_order
+from lorakit.data import (
+    Augmentation,
+    Latents,
+    TrainingData,
+    cache_text_states,
+    encode_views,
+    missing_views,
+    sample_order,
+)
 from lorakit.errors import OutputError
 from lorakit.folder import Table
 from lorakit.lora_check import verify_file, verify_in_diffusers
-from lorakit.lora_file import Layout, LoraPair, component_of, lora_bytes, read_lora
+from lorakit.lora_file import LoraPair, component_of, lora_bytes, read_lora
 from lorakit.lora_metadata import Component, training_metadata
 from lorakit.models import Base
 from lorakit.optimizer_state import pack_optimizer, unpack_optimizer
@@ -38,13 +48,13 @@ Modules = dict[str, LoraPair]
 
 
 def resolve_precision(mixed_precision: str) -> str:
-    """ "auto" is what the launcher was told, else bf16 (or fp16) on a CUDA GPU, else float32."""
+    """For "auto" fp16 or bf16 if the launcher says so, else bf16 (or fp16) on a CUDA GPU, else float32."""
     if mixed_precision != "auto":
         return mixed_precision
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if told != "no" or not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU"):
+    if told != "no" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return told
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def make_optimizer(cfg: Any, groups: list[dict]) -> torch.optim.Optimizer:
@@ -130,9 +140,11 @@ def prepare(
         validation = _cached(*common, plan.validation, plan.validation_shapes, views, ())
 
     def embed() -> tuple[torch.Tensor, torch.Tensor]:
-        if (cached := data.text_states) is not None:
-            return torch.stack([cached[prompt] for prompt in prompts]), cached[""][None]
-        states = text_encoder(base.tokenize([*prompts, ""]))[0]
+        if text_encoder is not None:
+            states = text_encoder(base.tokenize([*prompts, ""]))[0]
+        else:
+            assert data.text_states is not None
+            states = torch.stack([data.text_states[p] for p in (*prompts, "")]).to(base.device)
         return states[:-1], states[-1:]
 
     sheet = SampleSheet(
@@ -155,27 +167,31 @@ def _cached(
 ) -> TrainingData:
     vae_hash, text_hash = (weights_hash(base.info.files[part]) for part in ("vae", "text_encoder"))
     views = [view for row in rows for view in row]
-    cache_latents(
-        views[accelerator.process_index :: accelerator.num_processes],
-        base,
-        plan.cache_dir,
-        vae_hash,
-        image_options={"max_pixels": cfg.max_image_pixels},
-        threads=cfg.dataloader_num_workers,
-        between=between,
-    )
-    accelerator.wait_for_everyone()
+    share = views[accelerator.process_index :: accelerator.num_processes]
+    missing = missing_views(share, plan.cache_dir, vae_hash)
+    options = {"image_options": {"max_pixels": cfg.max_image_pixels}, "threads": cfg.dataloader_num_workers}
+    quiet = not missing or not accelerator.is_main_process
+    encoding = encode_views(missing, base, plan.cache_dir, vae_hash, **options)
+    for _ in tqdm(encoding, total=len(missing), desc="caching latents", disable=quiet):
+        between()
     prompts = list(dict.fromkeys(["", *prompts, *(row.caption for row in table.rows)]))
+    on_device, in_memory = _budget(base.device)
     states, ids = None, None
     if cfg.train_text_encoder:
         ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
     else:
-        states = cache_text_states(prompts, base, plan.cache_dir, text_hash)
+        share = prompts[accelerator.process_index :: accelerator.num_processes]
+        cache_text_states(share, base, plan.cache_dir, text_hash)
+        accelerator.wait_for_everyone()
+        size = len(prompts) * base.info.max_tokens * base.info.cross_attention_dim * 4
+        where = base.device if size <= on_device else torch.device("cpu")
+        states = cache_text_states(prompts, base, plan.cache_dir, text_hash, where)
+    accelerator.wait_for_everyone()
     entries = [view.entry(plan.cache_dir, vae_hash) for view in views]
     return TrainingData(
         table,
         shapes,
-        Latents(entries, base.device, _budget(base.device)),
+        Latents(entries, base.device, (on_device, in_memory)),
         [len(row) for row in rows],
         base,
         text_states=states,
@@ -187,12 +203,12 @@ def _cached(
 
 
 def _budget(device: torch.device) -> tuple[int, int]:
-    """Bytes of latents that may lie on the device and in memory: a quarter and a half of what is free."""
+    """Bytes of a cache that may lie on the device and in memory: a share of what is free."""
     memory = 4 << 30
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
-    return on_device // 4, memory // 2
+    return on_device // 4, memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def order_of(cfg: Any, plan: Plan):
@@ -241,7 +257,10 @@ def load_checkpoint(
     state = read_state(folder)
     insert_modules(read_lora(folder / "lora.safetensors").modules, unet, text_encoder)
     tensors = load_tensors((folder / "optimizer.safetensors").read_bytes())
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):  # a changed config counts
+        group["weight_decay"] = decay
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     best = folder / "best.safetensors"
@@ -261,13 +280,18 @@ def insert_modules(modules: Modules, unet, text_encoder) -> None:
 
 
 def write_lora(
-    path: Path, cfg: Any, plan: Plan, modules: Modules, step: int, layout: Layout | None = None
+    path: Path,
+    layout: Any,
+    cfg: Any,
+    plan: Plan,
+    modules: Modules,
+    step: int,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> None:
-    """Publish one LoRA file, read it back and compare.
+    """Publish one LoRA file once it was read back and compared; `check` may look at it as well before.
 
     Its bytes follow from config, data and versions alone.
     """
-    layout = layout or ("diffusers" if cfg.save_format == "diffusers" else "kohya")
     base, pictures = plan.base, len(plan.table.rows)
     metadata = training_metadata(
         name=cfg.ckpt_name,
@@ -283,27 +307,36 @@ def write_lora(
         num_images=pictures,
     )
     dtype = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[cfg.save_dtype]
-    publish_file(path, lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata))
-    verify_file(path, modules, dtype)
+    content = lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+        verify_file(temporary, modules, dtype)
+        check(temporary)
+
+    publish_file(path, write)
 
 
 def publish_lora(cfg: Any, plan: Plan, base: Base, modules: Modules, step: int) -> list[Path]:
-    """Write the LoRA file (two for save_format "both") and load each through diffusers beside the live one.
+    """Write the LoRA file (two for save_format "both"), each loaded by diffusers beside the live one first.
 
     Raises:
-        OutputError: what diffusers makes of the file is not what was trained.
+        OutputError: what diffusers makes of the file is not what was trained; an earlier file stays.
     """
-    paths = result_paths(cfg)
     text_encoder = base.text_encoder if cfg.train_text_encoder else None
     insert_modules(modules, base.unet, text_encoder)
-    for path, layout in paths.items():
-        write_lora(path, cfg, plan, modules, step, layout)
+    exact = cfg.save_dtype == "float32" and base.dtype == torch.float32
+
+    def check(path: Path) -> None:
         difference = verify_in_diffusers(path, base.unet, text_encoder)
-        exact = cfg.save_dtype == "float32" and base.dtype == torch.float32
         if difference > (1e-4 if exact else 0.1):
             raise OutputError(
-                f"{path}: diffusers reads something else from it (output differs by {difference:.3g})"
+                f"diffusers reads something else from the LoRA (output differs by {difference:.3g})"
             )
+
+    paths = result_paths(cfg)
+    for path, layout in paths.items():
+        write_lora(path, layout, cfg, plan, modules, step, check)
     return list(paths)
 
 
@@ -357,6 +390,14 @@ def exhausted(cfg: Any, state: dict[str, Any]) -> bool:
 def trackers(cfg: Any) -> list[Any]:
     """The names in `report_to`; Any, since a list of str does not fit what accelerate takes."""
     return [cfg.report_to] if isinstance(cfg.report_to, str) else list(cfg.report_to or ())
+
+
+def end_tracking(accelerator) -> None:
+    """Close the trackers; one that cannot be closed must not turn a finished run into a failed one."""
+    try:
+        accelerator.end_training()
+    except Exception as error:  # each tracker raises its own kind
+        log.warning("a tracker could not be closed: %s", error)
 
 
 def start_trackers(cfg: Any, accelerator) -> None:

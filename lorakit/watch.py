@@ -4,6 +4,7 @@ The loss of one random timestep is noise. What is shown is a running mean, and w
 fixed timesteps with fixed noise.
 """
 
+import json
 import logging
 import math
 import time
@@ -17,15 +18,17 @@ from torch import Tensor
 
 from lorakit import randomness
 from lorakit.data import TrainingData
-from lorakit.images import contact_sheet, from_array, save_png
+from lorakit.images import contact_sheet, from_array, load_image, save_png
 from lorakit.lora import lora_disabled
 from lorakit.models import Base, evaluating
 from lorakit.objectives import OBJECTIVES
+from lorakit.publish import publish_file
 from lorakit.runs import MetricsFile
 from lorakit.schedule import NoiseSchedule
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.98  # of the running mean, per step
+MAX_COLUMNS = 8  # of a sample sheet, besides the one without LoRA
 
 
 class Metrics:
@@ -42,6 +45,7 @@ class Metrics:
     def __init__(self, accelerator, path: Path, bar, images: int, smoothed: float | None = None):
         self.accelerator, self.file, self.bar, self.images = accelerator, MetricsFile(path), bar, images
         self.smoothed = smoothed
+        self.overflows = 0  # in a row; the fp16 scaler skips such steps
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.since = time.perf_counter()
 
@@ -58,7 +62,8 @@ class Metrics:
         rate = len(self.pending) * self.images / max(now - self.since, 1e-9)
         broken = None
         for (step, _, _, lr), loss, norm in zip(self.pending, losses, norms, strict=True):
-            if not math.isfinite(loss) or (not math.isfinite(norm) and self.accelerator.scaler is None):
+            self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+            if not math.isfinite(loss) or self.overflows > (0 if self.accelerator.scaler is None else 10):
                 broken = step
                 break
             keep = min(SMOOTHING, 1 - 1 / step)  # at first a plain mean, in which no loss weighs more
@@ -162,6 +167,7 @@ class SampleSheet:
     def draw(self, step: int) -> None:
         """Sample at `step` and draw the sheet anew. A failure is a warning: it must not end the run."""
         try:
+            self._forget_others()
             if not self._files(0):
                 with lora_disabled(self.base.unet, self.text_encoder):
                     self._sample(0)
@@ -172,6 +178,15 @@ class SampleSheet:
             log.warning("samples at step %d failed, training goes on: %s: %s", step, kind, error)
         finally:
             self.base.park(keep_text_encoder=True)
+
+    def _forget_others(self) -> None:
+        """Remove the pictures of other prompts, seeds or sampler settings, which a sheet would mislabel."""
+        text = json.dumps({"prompts": self.prompts, **self.options}, indent=1)
+        record = self.folder / "settings.json"
+        if not record.exists() or record.read_text(encoding="utf-8") != text:
+            for path in self.folder.glob("????????-*.png"):
+                path.unlink()
+            publish_file(record, text.encode())
 
     def _files(self, step: int) -> list[Path]:
         return sorted(self.folder.glob(f"{step:08d}-*.png"))
@@ -186,12 +201,15 @@ class SampleSheet:
 
     def _draw_sheet(self) -> None:
         steps = sorted({int(path.name[:8]) for path in self.folder.glob("????????-*.png")})
-        columns = [[Image.open(path) for path in self._files(step)] for step in steps]
+        later = steps[1:]
+        if len(later) > MAX_COLUMNS:  # evenly spaced, the last among them
+            later = [later[(i + 1) * len(later) // MAX_COLUMNS - 1] for i in range(MAX_COLUMNS)]
+        columns = [[load_image(path) for path in self._files(step)] for step in [0, *later]]
         seeds = self.options["seeds"]
         labels = [f"{prompt} · seed {seed}" for prompt in self.prompts for seed in seeds]
         sheet = contact_sheet(
-            [list(row) for row in zip(*columns, strict=False)],
+            [list(row) for row in zip(*columns, strict=True)],
             row_labels=labels,
-            column_labels=["without LoRA" if step == 0 else f"step {step}" for step in steps],
+            column_labels=["without LoRA", *(f"step {step}" for step in later)],
         )
         save_png(sheet, self.folder / "sheet.png")

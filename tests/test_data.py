@@ -13,8 +13,9 @@ from lorakit.data import (
     Augmentation,
     Latents,
     TrainingData,
-    cache_latents,
     cache_text_states,
+    encode_views,
+    missing_views,
     read_entry,
     sample_order,
     write_entry,
@@ -24,6 +25,15 @@ from lorakit.models import Base
 from lorakit.views import views_of
 
 CPU = torch.device("cpu")
+
+
+def cache_latents(views, base, cache_dir, vae_hash="vae", threads=0) -> int:
+    """Encode what is missing; return how many that were."""
+    missing = missing_views(views, cache_dir, vae_hash)
+    encoding = encode_views(missing, base, cache_dir, vae_hash, image_options={}, threads=threads)
+    return len(list(encoding))
+
+
 PLAIN = Augmentation()
 
 
@@ -40,7 +50,7 @@ def make_data(base, pictures, tmp_path):
         table = read_folder(pictures)
         rows = [views_of(row, (16, 16), flip=flip, crops=crops) for row in table.rows]
         views = [view for row in rows for view in row]
-        cache_latents(views, base, tmp_path, "vae", image_options={})
+        cache_latents(views, base, tmp_path, "vae")
         prompts = ["", *(row.caption for row in table.rows)]
         return TrainingData(
             table,
@@ -123,45 +133,39 @@ def test_a_damaged_entry_is_no_entry(tmp_path, damage):
 
 def test_only_what_is_missing_or_damaged_is_encoded(base, pictures, tmp_path):
     views = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows]
-    assert cache_latents(views, base, tmp_path, "vae", image_options={}, threads=2) == 4
+    assert cache_latents(views, base, tmp_path, "vae", threads=2) == 4
     first = read_entry(views[0].entry(tmp_path, "vae"))
-    assert cache_latents(views, base, tmp_path, "vae", image_options={}) == 0
+    assert cache_latents(views, base, tmp_path, "vae") == 0
     views[0].entry(tmp_path, "vae").write_bytes(b"damaged")
-    assert cache_latents(views, base, tmp_path, "vae", image_options={}) == 1
+    assert cache_latents(views, base, tmp_path, "vae") == 1
     assert torch.equal(read_entry(views[0].entry(tmp_path, "vae")), first)
-    assert cache_latents(views, base, tmp_path, "another vae", image_options={}) == 4
+    assert cache_latents(views, base, tmp_path, "another vae") == 4
 
 
 def test_an_edited_picture_is_encoded_again_under_the_same_name(base, pictures, tmp_path):
     row = read_folder(pictures).rows[0]
-    cache_latents(views_of(row, (16, 16)), base, tmp_path, "vae", image_options={})
+    cache_latents(views_of(row, (16, 16)), base, tmp_path, "vae")
     edited = replace(row, sha256="0" * 64)
-    assert cache_latents(views_of(edited, (16, 16)), base, tmp_path, "vae", image_options={}) == 1
+    assert cache_latents(views_of(edited, (16, 16)), base, tmp_path, "vae") == 1
 
 
 def test_cached_moments_are_those_of_the_vae(base, pictures, tmp_path):
     from lorakit.images import load_image
 
     view = views_of(read_folder(pictures).rows[1], (16, 16))[0]
-    cache_latents([view], base, tmp_path, "vae", image_options={})
+    cache_latents([view], base, tmp_path, "vae")
     pixels = torch.from_numpy(view.pixels(load_image(view.row.source)))[None]
     torch.testing.assert_close(
         read_entry(view.entry(tmp_path, "vae")), base.encode(pixels)[0], rtol=0, atol=0
     )
 
 
-def test_a_signal_is_noticed_between_pictures(base, pictures, tmp_path):
+def test_what_was_encoded_before_a_stop_stays(base, pictures, tmp_path):
     views = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows]
-    calls = []
-
-    def between():
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cache_latents(views, base, tmp_path, "vae", image_options={}, between=between)
-    assert cache_latents(views, base, tmp_path, "vae", image_options={}) == 2  # the two that were done stay
+    encoding = encode_views(views, base, tmp_path, "vae", image_options={})
+    assert [next(encoding), next(encoding)] == views[:2]
+    encoding.close()
+    assert missing_views(views, tmp_path, "vae") == views[2:]
 
 
 @pytest.mark.parametrize(

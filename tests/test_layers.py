@@ -24,7 +24,7 @@ LAYERS = [
     {"config", "base", "folder", "lora_file", "runs", "process", "objectives"},
     {"views", "lora", "models", "mixing"},
     {"plan", "data", "lora_check", "lora_import", "lora_report", "merging"},
-    {"resume", "watch"},
+    {"resume", "watch", "forecast"},
     {"training"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lorakit import plan as planning
 from lorakit.base import inspect_base
 from lorakit.config import load_config
+from lorakit.forecast import activation_bytes, describe_plan, lora_parameters
 from lorakit.lora import add_lora
 from lorakit.models import Base
-from lorakit.plan import describe_plan, launched_processes, lora_parameters, make_plan
+from lorakit.plan import launched_processes, make_plan
 from train_lora import TrainConfig
 
 
@@ -36,7 +36,7 @@ def test_activations_are_predicted_within_a_third(settings, batch):
     cfg = config_of(
         settings(pretrained_model_name_or_path="ckpt/miniature", resolution=256, train_batch_size=batch)
     )
-    predicted = planning.activation_bytes(cfg, make_plan(cfg))
+    predicted = activation_bytes(cfg, make_plan(cfg))
     base = Base(inspect_base("ckpt/miniature"))
     params = add_lora(base.unet, rank=4, alpha=4)
     base.unet.train()

@@ -491,6 +491,60 @@ def test_a_new_learning_rate_is_applied_at_resume_and_said(trained, capsys):
     assert "learning_rate: 0.01 -> 0.001, from here on" in capsys.readouterr().out
 
 
+def test_a_new_weight_decay_reaches_the_optimizer_at_resume(settings, monkeypatch):
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    seen, step = [], AcceleratedOptimizer.step
+
+    def spy(self, closure=None):
+        seen.append({group["weight_decay"] for group in self.param_groups})
+        return step(self, closure)
+
+    assert train_lora.main(settings()) == 0
+    monkeypatch.setattr(AcceleratedOptimizer, "step", spy)
+    assert (
+        train_lora.main(settings(resume_from_checkpoint=True, adam_weight_decay=0.5, max_train_steps=7)) == 0
+    )
+    assert seen == [{0.5}]
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(trained, tmp_path, capsys):
+    straight = trained(learning_rate=1e-3, output_dir=str(tmp_path / "other"), max_train_steps=2)
+    assert straight.exists()
+    run = trained(sample_steps=2).with_suffix("")
+    trained(resume_from_checkpoint=str(run / "checkpoint-00000002"), learning_rate=1e-3, max_train_steps=3)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        "checkpoint-00000002",
+        "checkpoint-00000003",
+    ]
+    assert len(list(run.glob("left-checkpoint-*"))) == 2
+    assert not list((run / "samples").glob("00000006-*.png"))
+    assert "checkpoint-00000006 is of the branch that is left" in capsys.readouterr().out
+
+
+def test_best_starts_anew_when_the_validation_changes(trained, tmp_path):
+    run = trained(validation_steps=1).with_suffix("")
+    state = json.loads((run / "checkpoint-00000006/state.json").read_text())
+    assert state["best_step"] is not None
+    trained(resume_from_checkpoint=True, max_train_steps=8, validation_steps=8, validation_timesteps=5)
+    state = json.loads((run / "checkpoint-00000008/state.json").read_text())
+    assert state["best_step"] == 8
+
+
+def test_a_lora_that_fails_its_check_does_not_replace_the_earlier_file(
+    trained, settings, tmp_path, monkeypatch
+):
+    from lorakit import training
+    from lorakit.errors import OutputError
+
+    before = sha(trained())
+    monkeypatch.setattr(training, "verify_in_diffusers", lambda *a: 1.0)
+    with pytest.raises(OutputError, match="diffusers reads something else"):
+        train_lora.main(settings(overwrite=True, seed=1))
+    assert sha(tmp_path / "ckpt/run.safetensors") == before
+    assert not list((tmp_path / "ckpt").glob(".tmp-*"))
+
+
 def test_changed_captions_are_refused_at_resume(trained, settings, pictures, tmp_path):
     import shutil
 
@@ -514,6 +568,18 @@ def test_every_key_is_classified_for_resume():
 def test_verify_resume_says_that_resume_is_exact(settings, capsys):
     assert train_lora.main([*settings(max_train_steps=100), "--verify-resume"]) == 0
     assert "resume is exact" in capsys.readouterr().out
+
+
+def test_verify_resume_is_for_one_process(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without the launcher"):
+        train_lora.main([*settings(), "--verify-resume"])
+
+
+def test_processes_that_did_not_arrive_are_missed(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as a batch system may leave it, without a rendezvous
+    with pytest.raises(UserError, match="names 3 processes, 1 arrived"):
+        train_lora.main(settings())
 
 
 def test_verify_resume_finds_what_is_not_exact(settings, monkeypatch):
@@ -593,10 +659,10 @@ def test_a_launcher_that_dies_takes_the_training_with_it(settings, tmp_path):
     launcher.terminate()
     launcher.wait(timeout=60)
     deadline = time.monotonic() + 60
-    while (run / ".lock.json").exists() and time.monotonic() < deadline:
+    while "stopped: at step" not in (tmp_path / "out.txt").read_text():
+        assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.05)
-    assert not (run / ".lock.json").exists(), f"process {pid} lives on"
-    assert list(run.glob("checkpoint-*")) and "stopped: at step" in (tmp_path / "out.txt").read_text()
+    assert list(run.glob("checkpoint-*")) and not (run / ".lock.json").exists()
 
 
 @pytest.mark.slow

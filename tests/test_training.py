@@ -36,6 +36,54 @@ def test_the_config_decides_on_precision_and_auto_leaves_it_to_the_launcher(
     assert training.resolve_precision(asked) == expected
 
 
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_takes_half_precision_on_a_gpu_under_a_launcher_too(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # what accelerate launch sets for a GPU
+    assert training.resolve_precision("auto") == expected
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert training.resolve_precision("auto") == "no"
+
+
+def test_eleven_overflows_in_a_row_end_an_fp16_run_and_one_does_not(tmp_path):
+    """The scaler skips steps whose gradients overflow; a run that only skips has diverged."""
+    from types import SimpleNamespace
+
+    from lorakit.watch import Metrics
+
+    bar = SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
+    fake = SimpleNamespace(reduce=lambda t, how: t, scaler=object(), is_main_process=True, trackers=[])
+    metrics = Metrics(fake, tmp_path / "metrics.jsonl", bar, 1)
+    one, infinite = torch.ones(()), torch.full((), torch.inf)
+    for step in range(1, 30):
+        metrics.add(step, one, infinite if step in (1, 2, 3, 12) or step > 15 else one, 1e-3)
+    assert metrics.flush() == 26
+    fake.scaler = None
+    metrics = Metrics(fake, tmp_path / "other.jsonl", bar, 1)
+    metrics.add(1, one, infinite, 1e-3)
+    assert metrics.flush() == 1
+
+
+def test_what_the_config_says_is_predicted_is_also_sampled(tiny_base):
+    from lorakit.base import inspect_base
+
+    base = Base(inspect_base(str(tiny_base)), prediction_type="v_prediction")
+    assert base.noise_schedule().prediction_type == base.scheduler.config.prediction_type == "v_prediction"
+    assert Base(inspect_base(str(tiny_base))).scheduler.config.prediction_type == "epsilon"
+
+
+def test_other_prompts_do_not_stand_under_old_pictures(trained):
+    samples = trained(sample_steps=6, sample_seeds=[1]).with_suffix("") / "samples"
+    before = (samples / "00000000-00.png").read_bytes()
+    trained(sample_steps=6, sample_seeds=[2], resume_from_checkpoint=True, max_train_steps=7)
+    assert (samples / "00000000-00.png").read_bytes() != before
+    assert not (samples / "00000006-00.png").exists()
+
+
 def test_the_last_step_is_always_saved_validated_and_sampled():
     due = training.due_steps(config_of(checkpointing_steps=500, validation_steps=40, sample_steps=None), 90)
     assert due.checkpoint == {90} and due.validation == {40, 80, 90} and due.sample == {22, 44, 66, 88, 90}
