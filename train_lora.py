@@ -231,7 +231,7 @@ def train(
     base = Base(plan.base, accelerator.device, compute_dtype(precision), cfg.prediction_type)
     schedule = base.noise_schedule()
     if not plan.base.known:  # a hub id that was not on this machine, or a single file
-        plan = make_plan(cfg, plan.world_size, base.info)
+        plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps)
     unet, text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
     unet_params = lora.add_lora(unet, **training.adapter_options(cfg, "unet"))
     groups = [{"params": unet_params, "lr": cfg.learning_rate}]

@@ -670,11 +670,14 @@ def test_kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run(traine
     """Children are forked from this process, which has imported everything, so that a start takes a blink."""
     import random
 
-    options = dict(max_train_steps=120, checkpointing_steps=3, validation_steps=10)
+    options = dict(max_train_steps=480, checkpointing_steps=3, validation_steps=40)
     straight = trained(output_dir=str(tmp_path / "straight"), **options)
     arguments = [*settings(**options), "resume_from_checkpoint=latest"]
-    rng, kills, saving = random.Random(0), 0, 0
-    run = tmp_path / "ckpt/run"
+    rng, run = random.Random(0), tmp_path / "ckpt/run"
+    log = run / "metrics.jsonl"
+
+    def steps_done() -> int:
+        return len(log.read_bytes().splitlines()) if log.exists() else 0
 
     def child() -> int:
         pid = os.fork()
@@ -684,18 +687,16 @@ def test_kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run(traine
             os._exit(train_lora.main(arguments))
         return pid
 
-    while kills < 20:
-        pid = child()
-        time.sleep(rng.uniform(0.3, 1.2))
+    for _ in range(20):
+        target, pid = steps_done() + rng.randint(0, 20), child()
+        while steps_done() < target:
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child ended before it was killed"
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        if not os.WIFSIGNALED(status):
-            break
-        kills += 1
-        saving += bool(list(run.glob(".tmp-*")))
-    _, status = os.waitpid(child(), 0)
-    assert status == 0
-    assert kills >= 5, "the run was too short to be killed often"
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert steps_done() < 480
+    assert os.waitpid(child(), 0)[1] == 0
     assert sha(tmp_path / "ckpt/run.safetensors") == sha(straight)
     assert not list(run.glob(".tmp-*"))
 
