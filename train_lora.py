@@ -210,7 +210,7 @@ def train(
     from accelerate import Accelerator
     from tqdm import tqdm
 
-    from lorakit import lora, randomness, training
+    from lorakit import lora, randomness, saving, training
     from lorakit.models import Base, compute_dtype, enable_xformers, set_up_backend
     from lorakit.objectives import OBJECTIVES
     from lorakit.watch import Metrics, validation_loss
@@ -279,7 +279,7 @@ def train(
         }
         best = None
         if resume is not None:
-            saved, best = training.load_checkpoint(resume, unet, text_encoder, optimizer, accelerator.scaler)
+            saved, best = saving.load_checkpoint(resume, unet, text_encoder, optimizer, accelerator.scaler)
             state |= {key: saved[key] for key in state}
             if saved["validation"] != validation_record(cfg, plan):
                 best = None
@@ -338,10 +338,10 @@ def train(
                 state["stale"] += 1
                 if math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"]):
                     state |= {"best_loss": loss, "best_step": done, "stale": 0}
-                    best = training.live_modules(unet, text_encoder)
+                    best = saving.live_modules(unet, text_encoder)
                     if main:
                         layout = next(iter(result_paths(cfg).values()))
-                        training.write_lora(run / "best.safetensors", layout, cfg, plan, best, done)
+                        saving.write_lora(run / "best.safetensors", layout, cfg, plan, best, done)
                 best_loss = state["best_loss"]
                 say(
                     f"step {done:6d} loss {metrics.smoothed:.4f}, validation {loss:.4f}, best {best_loss:.4f}"
@@ -350,7 +350,7 @@ def train(
                 sheet.draw(done)
             if main and (done in due.checkpoint or stopping or training.exhausted(cfg, state)):
                 scaler, record = accelerator.scaler, run_record(cfg, plan)
-                training.save_checkpoint(run, state | record, unet, text_encoder, optimizer, scaler, best)
+                saving.save_checkpoint(run, state | record, unet, text_encoder, optimizer, scaler, best)
                 prune_checkpoints(run, cfg.checkpoints_total_limit)
             if stopping:
                 accelerator.wait_for_everyone()
@@ -366,8 +366,8 @@ def train(
             if cfg.final_weights == "best" and best is not None:
                 modules, made_at = best, state["best_step"]
             else:
-                modules, made_at = training.live_modules(unet, text_encoder), state["step"]
-            paths = training.publish_lora(cfg, plan, base, modules, made_at)
+                modules, made_at = saving.live_modules(unet, text_encoder), state["step"]
+            paths = saving.publish_lora(cfg, plan, base, modules, made_at)
         accelerator.wait_for_everyone()
     return paths
 

@@ -25,7 +25,7 @@ LAYERS = [
     {"views", "lora", "models", "mixing"},
     {"plan", "data", "lora_check", "lora_import", "lora_report", "merging"},
     {"resume", "watch", "forecast"},
-    {"training"},
+    {"training", "saving"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in (ROOT / "lorakit").glob("*.py") if path.stem != "__init__")

@@ -534,11 +534,11 @@ def test_best_starts_anew_when_the_validation_changes(trained, tmp_path):
 def test_a_lora_that_fails_its_check_does_not_replace_the_earlier_file(
     trained, settings, tmp_path, monkeypatch
 ):
-    from lorakit import training
+    from lorakit import saving
     from lorakit.errors import OutputError
 
     before = sha(trained())
-    monkeypatch.setattr(training, "verify_in_diffusers", lambda *a: 1.0)
+    monkeypatch.setattr(saving, "verify_in_diffusers", lambda *a: 1.0)
     with pytest.raises(OutputError, match="diffusers reads something else"):
         train_lora.main(settings(overwrite=True, seed=1))
     assert sha(tmp_path / "ckpt/run.safetensors") == before
