@@ -692,7 +692,7 @@ def test_kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run(traine
         while steps_done() < target:
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child ended before it was killed"
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.03))
         os.kill(pid, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert steps_done() < 480
