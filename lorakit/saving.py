@@ -28,7 +28,7 @@ Modules = dict[str, LoraPair]
 # ---- checkpoints ----
 
 
-def live_modules(unet, text_encoder) -> dict[str, LoraPair]:
+def live_modules(unet, text_encoder) -> Modules:
     """A copy of the LoRA as it stands, by kohya name."""
     modules = lora.extract(unet, "unet")
     return modules if text_encoder is None else modules | lora.extract(text_encoder, "text_encoder")

@@ -167,11 +167,12 @@ def _cached(
     if cfg.train_text_encoder:
         ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
     else:
-        share = prompts[accelerator.process_index :: accelerator.num_processes]
-        cache_text_states(share, base, plan.cache_dir, text_hash)
-        accelerator.wait_for_everyone()
         size = len(prompts) * base.info.max_tokens * base.info.cross_attention_dim * 4
         where = base.device if size <= on_device else torch.device("cpu")
+        if accelerator.num_processes > 1:  # each encodes its share, then all read all
+            own = prompts[accelerator.process_index :: accelerator.num_processes]
+            cache_text_states(own, base, plan.cache_dir, text_hash, where)
+            accelerator.wait_for_everyone()
         states = cache_text_states(prompts, base, plan.cache_dir, text_hash, where)
     accelerator.wait_for_everyone()
     entries = [view.entry(plan.cache_dir, vae_hash) for view in views]
