@@ -2,9 +2,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test check bench schema clean
+.PHONY: demo test check bench schema miniature clean
 
-demo: .venv/run            ## train both mountain LoRAs on the embedded miniature and show what came out
+demo: .venv/run            ## train both mountain LoRAs on the embedded miniature, show what came out, and morph
 	$(PY) demo.py
 
 test: .venv/dev            ## what CI runs
@@ -15,11 +15,14 @@ check: .venv/dev           ## lint, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 
-bench: .venv/run           ## time a training step against its limit and against the uncached way
+bench: .venv/run           ## time a training step and a morph against other ways
 	$(PY) benchmarks/train.py
+	$(PY) benchmarks/morph.py
 
-schema: .venv/run          ## write cfg/schema.json, with which editors complete the keys
+schema: .venv/run          ## write the schemas with which editors complete the keys of configs
 	$(PY) train_lora.py --schema > cfg/schema.json
+	$(PY) morph.py --schema > cfg/morph/schema.json
+	$(PY) invert.py --schema > cfg/invert/schema.json
 
 .venv/run: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -29,6 +32,9 @@ schema: .venv/run          ## write cfg/schema.json, with which editors complete
 .venv/dev: .venv/run requirements-dev.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
+
+miniature: .venv/run       ## train the embedded base from nothing into out/miniature: hours, resumable
+	miniature/run.sh
 
 clean:                     ## remove what runs wrote, not the miniature
 	rm -rf log out ckpt/cache ckpt/mountain ckpt/mountain_up ckpt/*.safetensors

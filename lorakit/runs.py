@@ -266,7 +266,7 @@ def lock_run(run: Path) -> Iterator[None]:
             lock.acquire()
         except filelock.Timeout:
             raise UserError(
-                f"{run} is in use by {_describe(holder)}: wait for it, stop it, or choose another ckpt_name"
+                f"{run} is in use by {_describe(holder)}: wait for it, stop it, or choose another name"
             ) from None
     try:
         with explained(run):

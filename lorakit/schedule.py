@@ -1,16 +1,55 @@
-"""The forward process of a diffusion model and its three parameterisations, in float64.
+"""The forward process of a diffusion model, its three parameterisations, and DDIM, in float64.
 
 x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps                     (Ho et al. 2020, eq. 4)
 v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0                     (Salimans & Ho 2022, sec. 4)
 SNR_t = alpha_bar_t / (1 - alpha_bar_t)
+
+DDIM (Song et al. 2021, eq. 12 with sigma = 0) is the deterministic sampler of all that must be inverted. Its
+grid is made here, whatever sampler a base ships: PNDM in SD 1.5 evaluates one timestep twice.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lorakit.errors import UserError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The nodes of a deterministic sampler, noisiest first.
+
+    `timesteps`: n integers. `alpha_bar`: n + 1 numbers, the last one that of the clean end, where nothing is
+    evaluated: alpha_bar_0, as Stable Diffusion's `set_alpha_to_one: false` has it.
+    """
+
+    timesteps: tuple[int, ...]
+    alpha_bar: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def nodes(self, stride: int) -> list[int]:
+        """Every `stride`-th node, from the noise on, and the clean end."""
+        return [*range(0, len(self), stride), len(self)]
+
+    def coarse(self, stride: int) -> "Grid":
+        """The grid of these nodes: fewer steps through points that this grid passes too."""
+        nodes = self.nodes(stride)
+        return Grid(tuple(self.timesteps[i] for i in nodes[:-1]), tuple(self.alpha_bar[i] for i in nodes))
+
+
+def ddim_step(latents: Tensor, epsilon: Tensor, alpha_bar_from: float, alpha_bar_to: float) -> Tensor:
+    """Moves latents from one noise level to another along `epsilon`, in either direction.
+
+    sqrt(a_to) (x - sqrt(1 - a_from) eps) / sqrt(a_from) + sqrt(1 - a_to) eps, with a = alpha_bar.
+    """
+    keep = math.sqrt(alpha_bar_to / alpha_bar_from)
+    return keep * latents + (math.sqrt(1 - alpha_bar_to) - keep * math.sqrt(1 - alpha_bar_from)) * epsilon
 
 
 @dataclass(frozen=True)
@@ -56,3 +95,24 @@ class NoiseSchedule:
         """Signal-to-noise ratio, (B,) float64."""
         a = self.alpha_bar[timesteps]
         return a / (1 - a)
+
+    def grid(self, steps: int) -> Grid:
+        """The DDIM grid of Stable Diffusion: evenly spaced from timestep 1 on ("leading", offset 1)."""
+        if not 1 <= steps < self.num_timesteps:
+            raise UserError(
+                f"{steps} steps: a schedule of {self.num_timesteps} takes 1 to {self.num_timesteps - 1}"
+            )
+        spacing = self.num_timesteps // steps
+        timesteps = tuple(i * spacing + 1 for i in reversed(range(steps)))
+        return Grid(timesteps, (*(float(self.alpha_bar[t]) for t in timesteps), float(self.alpha_bar[0])))
+
+    def epsilon(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
+        """The noise that a U-Net's `output` (B, C, h, w) stands for, whatever it predicts."""
+        signal, sigma = (
+            float(x) for x in (self.alpha_bar[timestep].sqrt(), (1 - self.alpha_bar[timestep]).sqrt())
+        )
+        if self.prediction_type == "v_prediction":
+            return signal * output + sigma * latents
+        if self.prediction_type == "sample":
+            return (latents - signal * output) / sigma
+        return output

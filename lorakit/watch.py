@@ -18,13 +18,14 @@ from torch import Tensor
 
 from lorakit import randomness
 from lorakit.data import TrainingData
-from lorakit.images import contact_sheet, from_array, load_image, save_png
+from lorakit.images import from_array, load_image, save_png
 from lorakit.lora import lora_disabled
 from lorakit.models import Base, evaluating
 from lorakit.objectives import OBJECTIVES
 from lorakit.publish import publish_file
 from lorakit.runs import MetricsFile
 from lorakit.schedule import NoiseSchedule
+from lorakit.sheet import contact_sheet
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.98  # of the running mean, per step

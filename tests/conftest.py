@@ -110,6 +110,43 @@ def tiny_base(tiny_unet, tiny_text_encoder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_lora():
+    """Factory of a LoRA file for a model, as if trained from a start of its own: far from every other one."""
+    import copy
+
+    import torch
+
+    from lorakit.lora import add_lora, extract
+    from lorakit.lora_file import LoraFile
+
+    def make(model, seed, component="unet", **options):
+        model = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in add_lora(
+            model, **({"rank": 4, "alpha": 2.0, "targets": "all", "seed": seed} | options)
+        ):
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        return LoraFile(extract(model, component), {}, "diffusers")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapted_unet(tiny_unet, random_lora):
+    """Factory of a tiny U-Net with LoRAs a, b, … loaded and active, and of the files they are from."""
+    from lorakit.lora import load_lora
+
+    def make(count=2, seed=0, unet=None, **options):
+        unet = unet or tiny_unet(seed)
+        files = [random_lora(unet, 100 + i, **options) for i in range(count)]
+        for name, file in zip("abc", files, strict=False):
+            load_lora(file, unet, adapter_name=name)
+        return unet, files
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """Four small pictures of three aspects with captions in metadata.jsonl."""
     import numpy as np
@@ -176,5 +213,70 @@ def trained(settings):
         assert train_lora.main(arguments) == 0
         values = dict(argument.split("=", 1) for argument in arguments)
         return Path(json.loads(values["output_dir"])) / f"{json.loads(values['ckpt_name'])}.safetensors"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fitted(tiny_base, random_lora, tmp_path_factory) -> list[Path]:
+    """Three LoRA files for the tiny base, far from each other."""
+    from diffusers import UNet2DConditionModel
+
+    from lorakit.lora_file import lora_bytes
+
+    folder = tmp_path_factory.mktemp("fitted")
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    paths = [folder / f"fit_{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        modules = random_lora(unet, 100 + number, targets="attention").modules
+        path.write_bytes(lora_bytes(modules, layout="kohya", metadata={}))
+    return paths
+
+
+@pytest.fixture
+def morph_settings(tiny_base, pictures, fitted, tmp_path):
+    """Factory of morph.py's command line for a short film on the tiny base: `morph_settings(frames=4)`.
+
+    Picture k has LoRA k of `fitted`; `count` says how many pictures, `loras` which of them have one.
+    """
+
+    def make(count: int = 2, loras: tuple[bool, ...] = (True, True, True), **changes) -> list[str]:
+        images = [
+            {
+                "path": str(pictures / f"{k}.png"),
+                "prompt": f"a photo of mountains {k}",
+                "lora": str(fitted[k]) if loras[k] else None,
+            }
+            for k in range(count)
+        ]
+        keys = dict(
+            pretrained_model_name_or_path=str(tiny_base),
+            images=images,
+            train_if_missing=False,
+            frames=5,
+            num_inference_steps=6,
+            probe_steps=3,
+            probe_points=5,
+            output_dir=str(tmp_path / "out"),
+            name="film",
+            formats=[],
+            min_side=16,
+        )
+        return [f"{key}={json.dumps(value)}" for key, value in (keys | changes).items()]
+
+    return make
+
+
+@pytest.fixture
+def morphed(morph_settings):
+    """Factory that runs morph.main on the tiny base in this process; returns its folder and its report."""
+    import morph
+
+    def run(**changes) -> tuple[Path, dict]:
+        arguments = morph_settings(**changes)
+        assert morph.main(arguments) == 0
+        values = {key: json.loads(value) for key, _, value in (each.partition("=") for each in arguments)}
+        folder = Path(values["output_dir"]) / values["name"]
+        return folder, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
     return run

@@ -17,7 +17,6 @@ from PIL import Image, ImageCms, ImageFile
 from lorakit.errors import OutputError
 from lorakit.images import (
     ImageError,
-    contact_sheet,
     crop,
     from_array,
     image_size,
@@ -390,7 +389,7 @@ def test_psnr_has_known_values():
         psnr(grey, Image.new("RGB", (8, 9)))
 
 
-# ---- files and sheets ----
+# ---- files ----
 
 
 def test_save_png_keeps_pixels_and_text(tmp_path):
@@ -428,41 +427,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_a_missing_folder_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="No such file or directory"):
         save_png(noise(), tmp_path / "no" / "a.png")
-
-
-def count(sheet, colour):
-    return int((np.asarray(sheet) == colour).all(-1).sum())
-
-
-def test_a_contact_sheet_shows_every_picture_whole():
-    rows = [[Image.new("RGB", (64, 64), RED), Image.new("RGB", (64, 32), BLUE)], [None]]
-    options = dict(row_labels=["one", "two"], column_labels=["a", "b"], title="Title")
-    sheet = contact_sheet(rows, captions=[["x", "long " * 200], ["y"]], cell=64, **options)
-    assert count(sheet, RED) == 64 * 64 and count(sheet, BLUE) == 64 * 32
-    assert sheet.getpixel((0, 0)) == sheet.getpixel((sheet.width - 1, sheet.height - 1)) == WHITE
-
-
-@pytest.mark.parametrize(
-    "text", ["w" * 5000, "many words " * 500, " " * 500, "x", "日本語 \ud800", "a\nb\tc"]
-)
-def test_text_never_runs_over_a_picture_or_widens_the_sheet(text):
-    rows = [[Image.new("RGB", (64, 64), RED)] * 2] * 2
-    sheets = [
-        contact_sheet(rows, cell=64, captions=[[text] * 2] * 2),
-        contact_sheet(rows, cell=64, column_labels=[text] * 2),
-        contact_sheet(rows, cell=64, title=text),
-    ]
-    for sheet in sheets:
-        assert count(sheet, RED) == 4 * 64 * 64
-        assert sheet.width == contact_sheet(rows, cell=64).width
-        rim = [sheet.crop((0, 0, 5, sheet.height)), sheet.crop((sheet.width - 5, 0, *sheet.size))]
-        assert all(part.getcolors() == [(5 * sheet.height, WHITE)] for part in rim)
-    assert count(contact_sheet(rows, cell=64, row_labels=[text] * 2), RED) == 4 * 64 * 64
-
-
-def test_a_contact_sheet_scales_to_the_cell():
-    sheet = contact_sheet([[Image.new("RGB", (8, 8), RED), Image.new("RGB", (500, 250), BLUE)]], cell=100)
-    assert count(sheet, RED) == 100 * 100 and count(sheet, BLUE) == 100 * 50
 
 
 def test_importing_images_imports_no_torch():

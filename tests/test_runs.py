@@ -389,7 +389,7 @@ def hold_lock(run):
 def test_a_second_run_is_refused_by_name_and_a_killed_owner_never_blocks(run):
     owner, end = hold_lock(run)
     before = names(run)
-    with pytest.raises(UserError, match=rf"process {owner} on .+, started 20.+another ckpt_name") as caught:
+    with pytest.raises(UserError, match=rf"process {owner} on .+, started 20.+another name") as caught:
         with lock_run(run):
             pass
     assert caught.value.exit_code == 2 and names(run) == before
