@@ -1,0 +1,68 @@
+"""Batches for text-to-image and ControlNet as a function of the step."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorakit.randomness import derive_seed, generator
+from lorakit.schedule import NoiseSchedule
+from miniature.canny import canny, hint_picture
+from miniature.diffusion import SCHEDULER
+from miniature.pictures import picture
+from miniature.text import tokenize
+
+
+class Samples:
+    """Latents with captions, timesteps and noise.
+
+    Args:
+        latents: (N, 2, C, h, w) float16, of each picture and its mirror image.
+        ids: (N, 2, L), of the plain caption and of the one with details.
+        cfg: has seed, caption_dropout and details_share.
+    """
+
+    def __init__(self, latents: Tensor, ids: Tensor, tokenizer: Any, cfg: Any):
+        from diffusers import DDIMScheduler
+
+        self.latents, self.ids, self.cfg = latents, ids, cfg
+        self.empty = tokenize(tokenizer, [""])[0]
+        self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler(**SCHEDULER))
+
+    def rows(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which pictures, and whether each is mirrored: (B,) each."""
+        rng = np.random.default_rng(derive_seed(self.cfg.seed, "rows", step))
+        return rng.integers(len(self.latents), size=size), rng.integers(2, size=size)
+
+    def batch(self, step: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x_0 (B, C, h, w), token ids (B, L), timesteps (B,) on the CPU, eps like x_0."""
+        rows, mirrored = self.rows(step, size)
+        rng = np.random.default_rng(derive_seed(self.cfg.seed, "captions", step))
+        details = (rng.uniform(size=size) < self.cfg.details_share).astype(np.int64)
+        dropped = torch.from_numpy(rng.uniform(size=size) < self.cfg.caption_dropout)
+        x_0 = self.latents[rows, mirrored].float()
+        ids = torch.where(dropped[:, None], self.empty, self.ids[rows, details])
+        source = generator(self.cfg.seed, "noise", step)
+        timesteps = torch.randint(self.schedule.num_timesteps, (size,), generator=source)
+        eps = torch.randn(x_0.shape, generator=source)
+        x_0, eps = (x.to(device).contiguous(memory_format=torch.channels_last) for x in (x_0, eps))
+        return x_0, ids.to(device), timesteps, eps
+
+
+class Hints:
+    """Edges of the pictures, with blur and thresholds drawn for each sample."""
+
+    def __init__(self, parts: list[np.ndarray], seed: int):
+        self.parts, self.seed = parts, seed
+
+    def batch(self, step: int, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
+        """(B, 3, H, W) in [0, 1], white on black, of the rows that `Samples.rows` gives for this step."""
+        rng = np.random.default_rng(derive_seed(self.seed, "hints", step))
+        hints = []
+        for row, flip in zip(rows, mirrored, strict=True):
+            image = picture(self.parts, int(row)).astype(np.float32) / 255
+            high = 0.045 * np.exp(rng.uniform(-1.0, 0.8))
+            edges = canny(image, rng.uniform(0.6, 2.0), high * rng.uniform(0.3, 0.6), high)
+            hints.append(hint_picture(edges[:, ::-1] if flip else edges))
+        return torch.from_numpy(np.stack(hints)).contiguous(memory_format=torch.channels_last)

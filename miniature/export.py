@@ -1,0 +1,46 @@
+"""The trained parts as a diffusers folder, which every Stable Diffusion tool loads."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miniature.diffusion import SCHEDULER
+
+
+def save_base(
+    folder: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, dtype: torch.dtype
+) -> None:
+    """Write tokenizer, text encoder, U-Net, autoencoder and scheduler, weights as safetensors of `dtype`.
+
+    The live modules keep their own dtype.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    make: Any = StableDiffusionPipeline
+    pipe = make(
+        vae=_copy(vae, dtype),
+        text_encoder=_copy(text_encoder, dtype),
+        tokenizer=tokenizer,
+        unet=_copy(unet, dtype),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    if folder.exists():
+        shutil.rmtree(folder)
+    pipe.save_pretrained(folder)
+
+
+def save_part(folder: Path, part: Any, dtype: torch.dtype) -> None:
+    """Write one model, an autoencoder or a ControlNet."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    _copy(part, dtype).save_pretrained(folder)
+
+
+def _copy(module: Any, dtype: torch.dtype) -> Any:
+    return copy.deepcopy(module).to(device="cpu", dtype=dtype, memory_format=torch.contiguous_format)

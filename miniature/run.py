@@ -1,0 +1,176 @@
+"""What the three trainings share: a run folder, checkpoints that resume exactly, rate, average and step.
+
+A checkpoint holds the weights, their running average and the optimizer as safetensors, and a JSON file.
+Randomness has no state (lorakit.randomness), so a resumed run takes the steps that an unbroken one would.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lorakit.errors import DivergedError, UserError
+from lorakit.optimizer_state import pack_optimizer, unpack_optimizer
+from lorakit.publish import publish_file
+from lorakit.runs import MetricsFile, claim_run, find_resume, lock_run, prune_checkpoints, publish_checkpoint
+from lorakit.tensors import read_tensors, serialize
+from miniature.settings import FREE, RunConfig
+
+
+def set_up(cfg: RunConfig) -> torch.device:
+    """The device; denormals are flushed, which flat regions of pictures make and CPUs are slow on."""
+    torch.set_flush_denormal(True)
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return torch.device(name)
+
+
+def autocast(cfg: RunConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
+
+
+@contextlib.contextmanager
+def open_run(cfg: RunConfig) -> Iterator[tuple[Path, Path | None, MetricsFile]]:
+    """Own the run folder; yield it, the checkpoint to resume from, and its metrics."""
+    run = Path(cfg.output_dir) / cfg.ckpt_name
+    with lock_run(run):
+        claim_run(run, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite)
+        resume, notes = find_resume(run, cfg.resume_from_checkpoint)
+        if resume is not None:
+            _check_config(cfg, resume)
+            notes.append(f"resuming from {resume}")
+        publish_file(run / "config.json", (json.dumps(cfg.model_dump(mode="json"), indent=2) + "\n").encode())
+        for note in notes:
+            print(f"note        {note}", flush=True)
+        yield run, resume, MetricsFile(run / "metrics.jsonl")
+
+
+def _check_config(cfg: RunConfig, resume: Path) -> None:
+    old = json.loads((resume / "state.json").read_text(encoding="utf-8"))["config"]
+    new = cfg.model_dump(mode="json")
+    kept = [key for key in new if key in old and key not in FREE]
+    changed = [f"{key}: {old[key]} -> {new[key]}" for key in kept if old[key] != new[key]]
+    if changed:
+        raise UserError(f"{resume} was trained otherwise:\n  " + "\n  ".join(changed) + "\nset these back")
+
+
+def learning_rate(cfg: RunConfig, step: int) -> float:
+    """Of step 0, 1, …: linear warm-up, then half a cosine down to a hundredth."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(cfg.max_train_steps - cfg.warmup_steps, 1)
+    return cfg.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Average:
+    """Running average of the weights of several modules, float32, by "module.parameter"."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float):
+        self.modules, self.decay = modules, decay
+        self.weights = {name: value.detach().clone() for name, value in self._live()}
+
+    def _live(self) -> list[tuple[str, torch.Tensor]]:
+        return [
+            (f"{part}.{name}", p)
+            for part, module in self.modules.items()
+            for name, p in module.named_parameters()
+        ]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step 0, 1, …; early the average is short, so that the random start is soon forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        live = self._live()
+        torch._foreach_lerp_(
+            [self.weights[name] for name, _ in live], [p.detach() for _, p in live], 1 - decay
+        )
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The modules hold the average inside, in eval mode, and their own weights again outside."""
+        own = {name: p.detach().clone() for name, p in self._live()}
+        self._load(self.weights)
+        for module in self.modules.values():
+            module.eval()
+        try:
+            yield
+        finally:
+            self._load(own)
+            for module in self.modules.values():
+                module.train()
+
+    @torch.no_grad()
+    def _load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, p in self._live():
+            p.copy_(weights[name])
+
+
+def save(run: Path, step: int, cfg: RunConfig, average: Average, optimizer: torch.optim.Optimizer) -> Path:
+    """Publish the state after `step` steps, and drop all but the newest two checkpoints."""
+    tensors, packed = pack_optimizer(optimizer.state_dict())
+    own = {name: p.detach().cpu().contiguous() for name, p in average._live()}
+    mean = {name: p.cpu().contiguous() for name, p in average.weights.items()}
+    state = {"step": step, "config": cfg.model_dump(mode="json"), "optimizer": packed}
+    folder = publish_checkpoint(
+        run,
+        step,
+        {
+            "weights.safetensors": serialize(own, {}),
+            "average.safetensors": serialize(mean, {}),
+            "optimizer.safetensors": serialize(tensors, {}),
+            "state.json": json.dumps(state, indent=1).encode(),
+        },
+    )
+    prune_checkpoints(run, 2)
+    return folder
+
+
+@torch.no_grad()
+def restore(folder: Path, average: Average, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint back; returns the number of steps that it has taken."""
+    own, _ = read_tensors(folder / "weights.safetensors")
+    mean, _ = read_tensors(folder / "average.safetensors")
+    for name, p in average._live():
+        p.copy_(own[name])
+        average.weights[name].copy_(mean[name])
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    tensors, _ = read_tensors(folder / "optimizer.safetensors")
+    optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
+    return cast(int, state["step"])
+
+
+def make_optimizer(cfg: RunConfig, modules: Mapping[str, nn.Module]) -> torch.optim.AdamW:
+    """AdamW without weight decay on biases, norms and embeddings."""
+    named = [
+        (name, p) for module in modules.values() for name, p in module.named_parameters() if p.requires_grad
+    ]
+    decayed = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
+    plain = [p for name, p in named if p.ndim < 2 or "embed" in name]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+
+
+def take_step(cfg: RunConfig, optimizer: torch.optim.Optimizer, loss: torch.Tensor, step: int) -> float:
+    """Backward, clip, update at the rate of `step`; returns the gradient's norm.
+
+    Raises:
+        DivergedError: the loss or the gradient is not finite.
+    """
+    rate = learning_rate(cfg, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise DivergedError(f"step {step}: the gradient is not finite; lower learning_rate")
+    optimizer.step()
+    return float(norm)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The miniature from nothing: autoencoder, U-Net with text encoder, ControlNet, and the gates. It goes on where it was
+# stopped. Settings of RunConfig follow: miniature/run.sh device=cuda render_workers=16
+set -eu
+cd "$(dirname "$0")/.."
+PY=${PY:-.venv/bin/python}
+OUT=${OUT:-out/miniature}
+for stage in autoencoder text_to_image controlnet; do
+    case $stage in
+        autoencoder) input= ;;
+        text_to_image) input=vae=$OUT/autoencoder/vae ;;
+        controlnet) input=base=$OUT/text_to_image/base ;;
+    esac
+    $PY "miniature/train_$stage.py" "miniature/cfg/$stage.json" output_dir="$OUT" resume_from_checkpoint=latest \
+        $input "$@"
+done
+rm -rf "$OUT/base"
+cp -r "$OUT/text_to_image/base" "$OUT/base"
+cp -r "$OUT/controlnet/controlnet" "$OUT/base/controlnet"
+$PY miniature/evaluate.py base="$OUT/base" output_dir="$OUT"

@@ -1,0 +1,71 @@
+"""Keys that every training of the miniature has. No torch here, so that help and faults answer at once."""
+
+import shlex
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from lorakit.config import Config
+
+
+class RunConfig(Config):
+    """The run folder, the optimizer and the length of a training."""
+
+    headings: ClassVar[dict[str, str]] = {"output_dir": "Run"}
+
+    output_dir: str = Field("out/miniature", description="where run folders, rendered pictures and caches go")
+    ckpt_name: str = Field("run", pattern=r"^[^/\\\x00]+$", description="name of the run folder")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU where there is one")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "bf16", description="dtype of the forward pass; weights are float32 always"
+    )
+    render_workers: int = Field(1, ge=1, le=256, description="processes that render pictures")
+    batch_size: int = Field(16, ge=1, description="pictures per step")
+    learning_rate: float = Field(1e-3, gt=0, description="at its peak; a cosine takes it to a hundredth")
+    warmup_steps: int = Field(200, ge=0, description="steps over which it rises from 0")
+    weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="of the average of the weights, which is what counts; lower at first"
+    )
+    max_train_steps: int = Field(1000, ge=1, description="steps of the whole run")
+    checkpointing_steps: int = Field(
+        1000, ge=1, description="steps between checkpoints; one more at the end, or where a signal stops it"
+    )
+    validation_steps: int = Field(
+        1000, ge=1, description="steps between figures on pictures that are never trained on"
+    )
+    logging_steps: int = Field(100, ge=1, description="steps between lines of the log")
+    seed: int = Field(0, ge=0, lt=2**63, description="every random number of the run follows from it")
+    resume_from_checkpoint: bool | str = Field(
+        False, description='true or "latest", or the path of a checkpoint folder'
+    )
+    overwrite: bool = Field(False, description="replace an earlier run of the same name")
+
+    @model_validator(mode="after")
+    def _one_of_two(self):
+        if self.resume_from_checkpoint and self.overwrite:
+            raise ValueError("resume_from_checkpoint, overwrite: continue the run or replace it, not both")
+        return self
+
+
+# What may differ when a run is resumed; the rest would make another run of it.
+FREE = {
+    "checkpointing_steps",
+    "ckpt_name",
+    "device",
+    "learning_rate",
+    "logging_steps",
+    "max_train_steps",
+    "output_dir",
+    "overwrite",
+    "render_workers",
+    "resume_from_checkpoint",
+    "validation_steps",
+}
+
+
+def resume_hint(script: str, argv: list[str]) -> str:
+    """The command that continues a stopped run."""
+    kept = [a for a in argv if not a.startswith(("resume_from_checkpoint=", "overwrite="))]
+    return shlex.join(["python", f"miniature/{script}", *kept, "resume_from_checkpoint=latest"])

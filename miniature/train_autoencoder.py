@@ -1,0 +1,147 @@
+"""Train the miniature's autoencoder from nothing (Kingma & Welling 2014; Rombach et al. 2022, sec. 3.1).
+
+    python miniature/train_autoencoder.py miniature/cfg/autoencoder.json
+    python miniature/train_autoencoder.py miniature/cfg/autoencoder.json resume_from_checkpoint=latest
+
+Renders what it lacks into <output_dir>/pictures-*; reads miniature/photos. Writes the run folder
+<output_dir>/<ckpt_name>/ with checkpoints and metrics, and at its end <run folder>/vae, a diffusers folder.
+"""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from pydantic import Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lorakit.config import parse_command
+from lorakit.errors import StoppedError
+from lorakit.process import StopFlag, run_guarded
+from lorakit.randomness import generator
+from miniature.settings import RunConfig, resume_hint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class AutoencoderConfig(RunConfig):
+    """The keys of an autoencoder's training."""
+
+    headings = RunConfig.headings | {
+        "block_out_channels": "Model",
+        "pictures": "Pictures",
+        "kl_weight": "Loss",
+    }
+
+    block_out_channels: tuple[int, int, int, int] = Field(
+        (16, 32, 96, 128), description="channels at 1, 1/2, 1/4 and 1/8 of the size"
+    )
+    latent_channels: int = Field(8, ge=1, description="channels of the latents; 4 in SD 1.5")
+    layers_per_block: int = Field(
+        1, ge=1, description="residual blocks per level of the encoder; the decoder has one more"
+    )
+    norm_num_groups: int = Field(8, ge=1, description="groups of the group norms")
+
+    pictures: int = Field(
+        6000, ge=1, description="renders to cut crops from, a quarter of them in held-out styles"
+    )
+    picture_size: int = Field(128, ge=32, multiple_of=32, description="pixels of their side")
+    crop: int = Field(64, ge=16, multiple_of=8, description="pixels of a crop's side")
+    photograph_share: float = Field(0.25, ge=0, le=1, description="share of crops that are of photographs")
+    leaves_share: float = Field(0.125, ge=0, le=1, description="share of crops that are of dead leaves")
+
+    kl_weight: float = Field(
+        1e-4, ge=0, description="of the posterior's divergence from N(0, 1), mean over latent elements"
+    )
+    gradient_weight: float = Field(0.5, ge=0, description="of the error of differences between pixels")
+
+
+def train(cfg: AutoencoderConfig, hint: str) -> Path:
+    """The run; returns the folder of the trained autoencoder.
+
+    Raises:
+        StoppedError: a signal came; a checkpoint was published.
+    """
+    import torch
+
+    from miniature import autoencoder as ae
+    from miniature import run as runs
+    from miniature.export import save_part
+    from miniature.landscapes import BASE_STYLES, HELD_OUT_STYLES
+    from miniature.pictures import Table
+
+    device = runs.set_up(cfg)
+    vae = ae.make_autoencoder(
+        cfg.block_out_channels,
+        cfg.latent_channels,
+        cfg.layers_per_block,
+        cfg.norm_num_groups,
+        cfg.picture_size,
+        cfg.seed,
+    ).to(device)
+    models = {"vae": vae}
+    optimizer, average = runs.make_optimizer(cfg, models), runs.Average(models, cfg.ema_decay)
+    with runs.open_run(cfg) as (run, resume, metrics), contextlib.ExitStack() as stack:
+        step = runs.restore(resume, average, optimizer) if resume else 0
+        metrics.truncate_after(step)
+        table = Table(cfg.seed, cfg.pictures, BASE_STYLES * 3 + HELD_OUT_STYLES, cfg.picture_size)
+        shares = (cfg.photograph_share, cfg.leaves_share)
+        crops = ae.Crops(table, Path(cfg.output_dir), cfg.render_workers, cfg.crop, cfg.seed, shares)
+        judged = ae.held_out_pictures(cfg.picture_size, 8, ROOT)
+        stop = stack.enter_context(StopFlag())  # until here a signal may end the process: nothing is lost
+        started, first, total = time.monotonic(), step, 0.0
+        while step < cfg.max_train_steps:
+            image = crops.batch(step, cfg.batch_size).to(device)  # (B, 3, crop, crop)
+            source = generator(cfg.seed, "posterior", step)
+            with runs.autocast(cfg, device):
+                mean, logvar = vae.encode(image).latent_dist.parameters.float().chunk(2, dim=1)
+                logvar = logvar.clamp(-30, 20)
+                noise = torch.randn(mean.shape, generator=source).to(device)
+                rebuilt = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample
+            kl = ae.kl_divergence(mean, logvar)
+            loss = ae.reconstruction_loss(image, rebuilt, cfg.gradient_weight) + cfg.kl_weight * kl
+            norm = runs.take_step(cfg, optimizer, loss, step)
+            average.update(step)
+            step, total = step + 1, total + float(loss.detach())
+            last = step == cfg.max_train_steps
+            if step % cfg.logging_steps == 0:
+                rate = (step - first) * cfg.batch_size / (time.monotonic() - started)
+                mean_loss, total = total / cfg.logging_steps, 0.0
+                record = {"step": step, "loss": mean_loss, "kl": float(kl.detach()), "grad_norm": norm}
+                metrics.append(record | {"pictures_per_second": rate})
+                print(f"step {step:7d}  loss {mean_loss:.4f}  {rate:.1f} pictures/s", flush=True)
+            if step % cfg.validation_steps == 0 or last:
+                with average.applied():
+                    figures = ae.judge(vae, judged)
+                metrics.append({"step": step, "psnr": figures})
+                print(f"step {step:7d}  " + "  ".join(f"{k} {v:.1f}" for k, v in figures.items()), flush=True)
+            if step % cfg.checkpointing_steps == 0 or last or stop.poll():
+                runs.save(run, step, cfg, average, optimizer)
+            if stop.signum and not last:
+                raise StoppedError(
+                    f"at step {step} of {cfg.max_train_steps}; continue with: {hint}", stop.signum
+                )
+        with average.applied():
+            images = torch.cat([judged[style] for style in BASE_STYLES])
+            vae.register_to_config(scaling_factor=ae.latent_scale(vae, images))
+            save_part(run / "vae", vae, torch.float16)  # the values that every later stage encodes with
+    return run / "vae"
+
+
+def main(argv: list[str]) -> int:
+    command = parse_command(
+        AutoencoderConfig,
+        argv,
+        prog="train_autoencoder.py",
+        description="Train the miniature's autoencoder from nothing.",
+        default_config=str(ROOT / "miniature/cfg/autoencoder.json"),
+    )
+    if "check" in command.flags:
+        return 0
+    print(f"wrote       {train(command.config, resume_hint('train_autoencoder.py', argv))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(lambda: main(sys.argv[1:])))

@@ -1,0 +1,143 @@
+"""Train the miniature's ControlNet for Canny edges on its frozen base (Zhang, Rao and Agrawala 2023).
+
+    python miniature/train_controlnet.py miniature/cfg/controlnet.json
+    python miniature/train_controlnet.py miniature/cfg/controlnet.json resume_from_checkpoint=latest
+
+Reads a base; renders and encodes what it lacks into <output_dir>, the pictures that text-to-image trained on.
+Writes the run folder <output_dir>/<ckpt_name>/, and at its end <run folder>/controlnet. The blur and the
+thresholds of the edges are drawn anew for each sample, so that hints of any detail are obeyed.
+"""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from pydantic import Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lorakit.config import parse_command
+from lorakit.errors import StoppedError
+from lorakit.process import StopFlag, run_guarded
+from miniature.settings import RunConfig, resume_hint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ControlNetConfig(RunConfig):
+    """The keys of a ControlNet's training."""
+
+    headings = RunConfig.headings | {"base": "Model", "pictures": "Pictures", "snr_gamma": "Loss"}
+
+    base: str = Field(
+        "out/miniature/text_to_image/base",
+        min_length=1,
+        description="folder of the base, which stays as it is",
+    )
+    hint_channels: tuple[int, int, int, int] = Field(
+        (16, 32, 64, 96), description="channels of the hint at 1, 1/2, 1/4 and 1/8 of its size"
+    )
+
+    pictures: int = Field(15000, ge=1, description="renders to train on, the three base styles by turns")
+    picture_size: int = Field(128, ge=32, multiple_of=32, description="pixels of their side")
+    caption_dropout: float = Field(
+        0.2, ge=0, le=1, description="share of samples without a caption, so that the hint alone says much"
+    )
+    details_share: float = Field(
+        0.5, ge=0, le=1, description="share of captions that name sun, clouds, trees and house too"
+    )
+
+    snr_gamma: float = Field(5.0, gt=0, description="of the min-SNR weights")
+
+
+def train(cfg: ControlNetConfig, hint: str) -> Path:
+    """The run; returns the folder of the trained ControlNet.
+
+    Raises:
+        StoppedError: a signal came; a checkpoint was published.
+    """
+    import torch
+
+    from lorakit.base import inspect_base
+    from lorakit.models import Base
+    from lorakit.objectives import min_snr_weight
+    from miniature import diffusion
+    from miniature import run as runs
+    from miniature.batches import Hints, Samples
+    from miniature.control import make_controlnet
+    from miniature.export import save_part
+    from miniature.pictures import base_table, rendered
+
+    device = runs.set_up(cfg)
+    base = Base(inspect_base(cfg.base), device)
+    controlnet = make_controlnet(base.unet, cfg.hint_channels, cfg.seed).to(device)
+    models = {"controlnet": controlnet}
+    optimizer, average = runs.make_optimizer(cfg, models), runs.Average(models, cfg.ema_decay)
+    with runs.open_run(cfg) as (run, resume, metrics), contextlib.ExitStack() as stack:
+        step = runs.restore(resume, average, optimizer) if resume else 0
+        metrics.truncate_after(step)
+        table, cache = base_table(cfg.seed, cfg.pictures, cfg.picture_size), Path(cfg.output_dir)
+        latents = diffusion.cached_latents(base.vae, table, cache, cfg.render_workers, device)
+        samples = Samples(latents, diffusion.caption_ids(base.tokenizer, table), base.tokenizer, cfg)
+        hints = Hints(rendered(table, cache, cfg.render_workers), cfg.seed)
+        stop = stack.enter_context(StopFlag())  # until here a signal may end the process: nothing is lost
+        started, first, total = time.monotonic(), step, 0.0
+        while step < cfg.max_train_steps:
+            x_0, ids, timesteps, eps = samples.batch(step, cfg.batch_size, device)
+            edges = hints.batch(step, *samples.rows(step, cfg.batch_size)).to(device)  # (B, 3, H, W)
+            x_t = samples.schedule.add_noise(x_0, eps, timesteps)  # (B, C, h, w)
+            t = timesteps.to(device)
+            with runs.autocast(cfg, device):
+                with torch.no_grad():
+                    embeds = base.text_encoder(ids)[0]  # (B, L, D)
+                down, mid = controlnet(
+                    x_t, t, encoder_hidden_states=embeds, controlnet_cond=edges, return_dict=False
+                )
+                prediction = base.unet(
+                    x_t,
+                    t,
+                    encoder_hidden_states=embeds,
+                    down_block_additional_residuals=down,
+                    mid_block_additional_residual=mid,
+                ).sample
+            weight = min_snr_weight(samples.schedule.snr(timesteps), cfg.snr_gamma, "epsilon").to(x_t)
+            loss = (((prediction.float() - eps) ** 2).mean(dim=(1, 2, 3)) * weight).mean()
+            norm = runs.take_step(cfg, optimizer, loss, step)
+            average.update(step)
+            step, total = step + 1, total + float(loss.detach())
+            last = step == cfg.max_train_steps
+            if step % cfg.logging_steps == 0:
+                rate = (step - first) * cfg.batch_size / (time.monotonic() - started)
+                mean_loss, total = total / cfg.logging_steps, 0.0
+                metrics.append(
+                    {"step": step, "loss": mean_loss, "grad_norm": norm, "pictures_per_second": rate}
+                )
+                print(f"step {step:7d}  loss {mean_loss:.4f}  {rate:.1f} pictures/s", flush=True)
+            if step % cfg.checkpointing_steps == 0 or last or stop.poll():
+                runs.save(run, step, cfg, average, optimizer)
+            if stop.signum and not last:
+                raise StoppedError(
+                    f"at step {step} of {cfg.max_train_steps}; go on with: {hint}", stop.signum
+                )
+        with average.applied():
+            save_part(run / "controlnet", controlnet, torch.float16)
+    return run / "controlnet"
+
+
+def main(argv: list[str]) -> int:
+    command = parse_command(
+        ControlNetConfig,
+        argv,
+        prog="train_controlnet.py",
+        description="Train the miniature's ControlNet for Canny edges.",
+        default_config=str(ROOT / "miniature/cfg/controlnet.json"),
+    )
+    if "check" in command.flags:
+        return 0
+    print(f"wrote       {train(command.config, resume_hint('train_controlnet.py', argv))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(lambda: main(sys.argv[1:])))
