@@ -165,6 +165,14 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def every_number_is_a_number():
+    """A script flushes denormals for its whole process; the next test starts without that, as any process."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerate():
     """accelerate keeps precision in a global; each test starts without one."""
     yield
