@@ -39,13 +39,8 @@ def load_adapters(base: Base, loras: Sequence[str]) -> dict[str, str]:
 
 
 def read_picture(path: str, shape: tuple[int, int]) -> Image.Image:
-    """The picture as the model sees it: scaled to cover (width, height) and cut in the middle.
-
-    Of an odd number of pixels too many the same one is cut as in training; see views.View.
-    """
-    image = resize_to_cover(load_image(path), *shape)
-    left, top = (round((side - part) / 2) for side, part in zip(image.size, shape, strict=True))
-    return crop(image, *shape, left, top)
+    """The picture as the model sees it: scaled to cover (width, height) and cut in the middle."""
+    return crop(resize_to_cover(load_image(path), *shape), *shape)
 
 
 @torch.no_grad()

@@ -143,11 +143,11 @@ def _in_order(positions: Sequence[float], inside: list[int], parts: list, ends: 
 
 def shoot(cfg: Any, plan: MorphPlan, studio: Studio) -> tuple[list[float], Tensor]:
     """The positions of the film's frames, as cfg.reschedule paces them, and the frames' latents."""
-    counts = [cfg.frames - 1] * plan.segments
     if cfg.reschedule == "select":
         return _select(cfg, plan, studio)
     if cfg.reschedule == "off":
-        positions = _spread(counts, lambda k, n: ease([i / n for i in range(n)], cfg.easing).tolist())
+        alphas = ease([i / (cfg.frames - 1) for i in range(cfg.frames - 1)], cfg.easing).tolist()
+        positions = [k + alpha for k in range(plan.segments) for alpha in alphas]
     else:
         known, steps = probe(cfg, plan, studio)
         positions = _of_first(_even(cfg, plan, known, steps))
@@ -208,10 +208,6 @@ def _select(cfg: Any, plan: MorphPlan, studio: Studio) -> tuple[list[float], Ten
         chosen.append(len(positions) - 1)
     chosen = _of_first(chosen)
     return [positions[i] for i in chosen], latents[chosen]
-
-
-def _spread(counts: Sequence[int], within: Callable[[int, int], list[float]]) -> list[float]:
-    return [k + alpha for k, n in enumerate(counts) for alpha in within(k, n)]
 
 
 # ---- files ----

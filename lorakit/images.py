@@ -116,9 +116,12 @@ def resize_to_cover(image: Image.Image, width: int, height: int) -> Image.Image:
 def crop(
     image: Image.Image, width: int, height: int, left: int | None = None, top: int | None = None
 ) -> Image.Image:
-    """Cut width x height out of a picture that is at least as large; None centres that direction."""
-    left = (image.width - width) // 2 if left is None else left
-    top = (image.height - height) // 2 if top is None else top
+    """Cut width x height out of a picture that is at least as large; None centres that direction.
+
+    Of an odd number of pixels too many the same one is cut as in training; see views.View.
+    """
+    left = round((image.width - width) / 2) if left is None else left
+    top = round((image.height - height) / 2) if top is None else top
     inside = 0 <= left <= image.width - width and 0 <= top <= image.height - height
     assert inside, f"crop {width}x{height} at ({left}, {top}) leaves the picture of {image.size}"
     return image.crop((left, top, left + width, top + height))
