@@ -15,14 +15,17 @@ check: .venv/dev           ## lint, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 
-bench: .venv/run           ## time a training step and a morph against other ways
+bench: .venv/run           ## time a training step, a morph and a picture against other ways
 	$(PY) benchmarks/train.py
 	$(PY) benchmarks/morph.py
+	$(PY) benchmarks/style.py
 
 schema: .venv/run          ## write the schemas with which editors complete the keys of configs
 	$(PY) train_lora.py --schema > cfg/schema.json
 	$(PY) morph.py --schema > cfg/morph/schema.json
 	$(PY) invert.py --schema > cfg/invert/schema.json
+	$(PY) generate.py --schema > cfg/generate/schema.json
+	$(PY) style_transfer.py --schema > cfg/style_transfer/schema.json
 
 .venv/run: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv

@@ -62,7 +62,7 @@ def show(config: Path) -> tuple[list, list[str]]:
     from lorakit.images import crop, from_array, load_image, psnr, resize_to_cover, to_array
     from lorakit.lora import load_lora, lora_disabled
     from lorakit.models import Base, set_up_backend
-    from lorakit.watch import sample_images
+    from lorakit.sampling import sample_images
 
     cfg = json.loads(config.read_text(encoding="utf-8"))
     set_up_backend("cpu")

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -146,11 +145,12 @@ def fit_missing(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag)
         training = subprocess.Popen(command, env=_single_process())
         while training.poll() is None:
             time.sleep(0.1)
-            if stop.poll() == signal.SIGTERM:  # a Ctrl-C has reached it already
+            if stop.poll():  # SIGTERM also after a Ctrl-C, which may have reached this process alone
                 training.terminate()
         code = training.returncode
-        if code in (130, 143):
-            raise StoppedError(f"while {path} was trained; the same command goes on", code - 128)
+        if stop.signum or code in (130, 143):  # before its handlers stand, a signal ends it in other ways
+            signum = stop.signum or code - 128
+            raise StoppedError(f"while {path} was trained; the same command goes on", signum)
         if code or not Path(path).exists():
             raise UserError(f"{path}: its training failed (exit code {code}); the lines above say why")
 
@@ -172,6 +172,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
 
     from lorakit import endpoints, film, morph_report, morphing
     from lorakit.attention import SharedAttention
+    from lorakit.chunks import Chunks
     from lorakit.denoiser import Denoiser
     from lorakit.metrics import make_distance
     from lorakit.models import Base, compute_dtype, set_up_backend
@@ -242,7 +243,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
                 ends=ends,
                 settings=settings,
                 control=control,
-                chunks=morphing.Chunks(cfg.batch_size),
+                chunks=Chunks(cfg.batch_size),
                 distance=distance,
                 folder=here / "state",
                 key=fingerprint(cfg, plan, precision, loras),

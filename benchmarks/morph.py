@@ -50,6 +50,7 @@ from benchmarks.train import build_sd15
 from lorakit import endpoints, film, inversion, lora, metrics, morph_plan, morph_report, morphing
 from lorakit.attention import Between, SharedAttention
 from lorakit.base import inspect_base
+from lorakit.chunks import Chunks
 from lorakit.denoiser import Denoiser
 from lorakit.errors import UserError
 from lorakit.images import load_image, psnr, to_array
@@ -421,7 +422,7 @@ def lorakit(setup: Setup) -> Film:
             cfg.guidance_scale, cfg.attention_share, cfg.adain, cfg.anchor, cfg.residual_power
         ),
         control=endpoints.control_embeds(cfg, base, setup.adapters),
-        chunks=morphing.Chunks(cfg.batch_size),
+        chunks=Chunks(cfg.batch_size),
         distance=metrics.make_distance(cfg.distance, base),
         folder=Path(cfg.output_dir) / "state",
         key=morph_plan.fingerprint(cfg, plan, setup.precision),

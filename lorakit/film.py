@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorakit import morphing
+from lorakit.chunks import Chunks
 from lorakit.endpoints import decode_picture
 from lorakit.errors import UserError
 from lorakit.images import save_png
@@ -47,7 +48,7 @@ class Studio:
     ends: morphing.Ends
     settings: morphing.Settings
     control: Tensor | None
-    chunks: morphing.Chunks
+    chunks: Chunks
     distance: FeatureDistance
     folder: Path
     key: str

@@ -83,7 +83,7 @@ def extract(model: Any, prefix: Component, adapter_name: str = "default") -> dic
     The model may be wrapped by DDP or torch.compile. rsLoRA is folded in: alpha becomes alpha * sqrt(rank).
     """
     modules = {}
-    for name, layer in _lora_layers(model, adapter_name).items():
+    for name, layer in adapter_layers(model, adapter_name).items():
         tensors = {
             slot: tensor.detach().to("cpu", copy=True) for slot, tensor in _slots(layer, adapter_name).items()
         }
@@ -102,7 +102,7 @@ def insert(
     Raises:
         UserError: modules, shapes or alphas are not those of the live adapter.
     """
-    layers = {kohya_name(prefix, name): layer for name, layer in _lora_layers(model, adapter_name).items()}
+    layers = {kohya_name(prefix, name): layer for name, layer in adapter_layers(model, adapter_name).items()}
     if different := sorted(layers.keys() ^ modules.keys()):
         raise UserError(f"the saved LoRA adapts other modules than this config does: {_some(different)}")
     alphas = {name: pair.alpha for name, pair in extract(model, prefix, adapter_name).items()}
@@ -151,7 +151,7 @@ def load_lora(
     """
     file = source if isinstance(source, LoraFile) else read_lora(source)
     label = "the LoRA" if isinstance(source, LoraFile) else str(source)
-    if file.layout == "cloneofsimo":
+    if any("#" in name for name in file.modules):  # read_lora leaves numbers; read_any has named them
         raise UserError(
             f"{label}: is in cloneofsimo's layout, which numbers its modules instead of naming them; "
             "name them with `mix_lora.py convert`"
@@ -225,7 +225,7 @@ def _add_pairs(model: Any, pairs: Mapping[str, LoraPair], adapter_name: str, wei
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     active = active_adapters(model)
     _inject(model, config, adapter_name, seed=0)
-    layers = _lora_layers(model, adapter_name)
+    layers = adapter_layers(model, adapter_name)
     assert layers.keys() == pairs.keys()
     for name, pair in pairs.items():
         _copy(pair, layers[name], adapter_name)
@@ -261,7 +261,8 @@ def _layers(model: Any) -> dict[str, Any]:
     return layers
 
 
-def _lora_layers(model: Any, adapter_name: str) -> dict[str, Any]:
+def adapter_layers(model: Any, adapter_name: str) -> dict[str, Any]:
+    """Dotted name -> layer, of those that an adapter is in."""
     return {
         name: layer
         for name, layer in _layers(model).items()

@@ -198,6 +198,15 @@ def _describe_whole(name: str, pipe: Any) -> BaseInfo:
     return describe_base(name, "file", Path(name), configs, dict.fromkeys(counts, Path(name)), counts)
 
 
+def open_base(info: BaseInfo, mixed_precision: str = "auto") -> Base:
+    """The base on the best device here; `auto` is fp16 on a CUDA GPU and float32 elsewhere."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    set_up_backend(device)
+    if mixed_precision == "auto":
+        mixed_precision = "fp16" if device == "cuda" else "no"
+    return Base(info, device, compute_dtype(mixed_precision))
+
+
 def compute_dtype(mixed_precision: str) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakit.attention import Between
+from lorakit.chunks import Chunks
 from lorakit.denoiser import Denoiser, Rows
 from lorakit.interpolate import adain, bezier, slerp
 from lorakit.schedule import Grid, ddim_step
@@ -51,25 +52,6 @@ class State:
     frames: Tensor
     ends: Tensor
     residual_ratio: Tensor
-
-
-class Chunks:
-    """Runs work on slices of at most `size` rows; where memory runs out, `size` is halved for good."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def map(self, count: int, work) -> Tensor:
-        """`work(slice)` -> (rows of the slice, …), for all of `count` rows."""
-        while True:
-            try:
-                parts = [work(slice(i, min(i + self.size, count))) for i in range(0, count, self.size)]
-                return torch.cat(parts)
-            except torch.OutOfMemoryError:
-                if self.size == 1:
-                    raise
-                self.size = max(1, min(self.size, count) // 2)
-            torch.cuda.empty_cache()  # out here, for the exception holds what was in memory
 
 
 def frame_rows(ends: Ends, lies: Between, control: Tensor | None = None) -> Rows:

@@ -6,6 +6,7 @@ Everything that a user can have got wrong with the data or the base shows while 
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def launched_processes(environment: dict[str, str] | None = None) -> tuple[int, 
     if "MASTER_ADDR" in env and "ACCELERATE_USE_CPU" in env and "WORLD_SIZE" not in env:
         raise UserError(
             "accelerate launch was asked for several CPU processes and started one; start them with "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train_lora.py …"
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node N {Path(sys.argv[0]).name} …"
         )
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
 

@@ -283,7 +283,8 @@ def lock_run(run: Path) -> Iterator[None]:
 def _describe(holder: Path) -> str:
     try:
         return "process {pid} on {host}, started {started}".format(**json.loads(holder.read_bytes()))
-    except (OSError, ValueError, LookupError, TypeError):  # it has the lock and has not written its name yet
+    # It has the lock and has not written its name yet, or the file is damaged.
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return "another process"
 
 
@@ -349,7 +350,7 @@ class MetricsFile:
             lines = self.path.read_bytes().splitlines(keepends=True)
         kept = []
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 record = json.loads(line)
                 if line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= step:
                     kept.append(line)

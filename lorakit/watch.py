@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from lorakit import randomness
 from lorakit.data import TrainingData
-from lorakit.images import from_array, load_image, save_png
+from lorakit.images import load_image, save_png
 from lorakit.lora import lora_disabled
 from lorakit.models import Base, evaluating
 from lorakit.objectives import OBJECTIVES
 from lorakit.publish import publish_file
 from lorakit.runs import MetricsFile
+from lorakit.sampling import sample_images
 from lorakit.schedule import NoiseSchedule
 from lorakit.sheet import contact_sheet
 
@@ -114,50 +113,6 @@ def validation_loss(
     return float(accelerator.reduce(total.to(accelerator.device), "sum")) / count
 
 
-@torch.no_grad()
-def sample_images(
-    base: Base,
-    prompt_embeds: Tensor,
-    negative_embeds: Tensor,
-    *,
-    seeds: Sequence[int],
-    shape: tuple[int, int],
-    steps: int,
-    guidance_scale: float,
-) -> list[Image.Image]:
-    """One picture of `shape` (width, height) per prompt and seed, prompt by prompt, by DDIM.
-
-    Args:
-        prompt_embeds: (P, L, D); `negative_embeds`: (1, L, D).
-        seeds: the noise of a picture follows from its seed alone, whatever else is in the batch.
-    """
-    from diffusers import StableDiffusionPipeline
-
-    parts: dict[str, Any] = {"vae": base.vae, "unet": base.unet, "scheduler": base.scheduler}
-    parts |= dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    pipe: Any = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    width, height = shape
-    factor = base.info.vae_factor
-    latent_shape = (base.info.latent_channels, height // factor, width // factor)
-    images = []
-    for embeds in prompt_embeds:
-        noise = [randomness.normal(latent_shape, seed, "sample") for seed in seeds]
-        latents = pipe(
-            prompt_embeds=embeds.expand(len(seeds), -1, -1).to(base.dtype),
-            negative_prompt_embeds=negative_embeds.expand(len(seeds), -1, -1).to(base.dtype),
-            latents=torch.stack(noise).to(base.device, base.dtype),
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            output_type="latent",
-        ).images
-        for latent in latents:  # one at a time: it is the VAE that needs the most memory for a large picture
-            images.append(from_array(base.decode(latent[None])[0].cpu().numpy()))
-    return images
-
-
 class SampleSheet:
     """Samples of fixed prompts and seeds over the run: a row each, a column per step, one without LoRA."""
 
@@ -195,7 +150,9 @@ class SampleSheet:
     def _sample(self, step: int) -> None:
         models = [self.base.unet] if self.text_encoder is None else [self.base.unet, self.text_encoder]
         with evaluating(*models):
-            images = sample_images(self.base, *self.embed(), **self.options)
+            prompt_embeds, negative_embeds = self.embed()
+            rows = (sample_images(self.base, row, negative_embeds, **self.options) for row in prompt_embeds)
+            images = [image for row in rows for image in row]
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
             save_png(image, self.folder / f"{step:08d}-{number:02d}.png")

@@ -49,11 +49,14 @@ def make_autoencoder(
     return vae.to(memory_format=torch.channels_last)
 
 
-def reconstruction_loss(image: Tensor, rebuilt: Tensor, gradient_weight: float) -> Tensor:
-    """Mean absolute error of the pixels, and of their differences to the next pixel; a scalar."""
+def reconstruction_loss(
+    image: Tensor, rebuilt: Tensor, gradient_weight: float, squared_weight: float
+) -> Tensor:
+    """Mean absolute error of pixels and of their differences to the next one, and squared error; a scalar."""
     error = rebuilt.float() - image
     down, right = error.diff(dim=2).abs().mean(), error.diff(dim=3).abs().mean()
-    return error.abs().mean() + gradient_weight * (down + right)
+    squared = error.square().mean()
+    return error.abs().mean() + gradient_weight * (down + right) + squared_weight * squared
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

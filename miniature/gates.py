@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lorakit.base import inspect_base
+from lorakit.edges import canny, edge_f1, hint_picture
 from lorakit.images import crop, load_image, resize_to_cover
 from lorakit.inversion import invert, sample
 from lorakit.lora import load_lora
 from lorakit.models import Base
 from lorakit.randomness import normal
 from miniature.autoencoder import HELD_OUT_PHOTOGRAPHS, held_out_pictures, judge, psnr, to_tensor
-from miniature.canny import canny, edge_f1, hint_picture
 from miniature.classifier import HEADS, Classifier, accuracy, frechet_distance, labels_of
 from miniature.control import steering
 from miniature.diffusion import decode, sample_latents

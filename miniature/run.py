@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from lorakit.optimizer_state import pack_optimizer, unpack_optimizer
 from lorakit.publish import publish_file
 from lorakit.runs import MetricsFile, claim_run, find_resume, lock_run, prune_checkpoints, publish_checkpoint
 from lorakit.tensors import read_tensors, serialize
+from miniature.muon import Muon
 from miniature.settings import FREE, RunConfig
 
 
@@ -146,15 +147,11 @@ def restore(folder: Path, average: Average, optimizer: torch.optim.Optimizer) ->
     return cast(int, state["step"])
 
 
-def make_optimizer(cfg: RunConfig, modules: Mapping[str, nn.Module]) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases, norms and embeddings."""
-    named = [
-        (name, p) for module in modules.values() for name, p in module.named_parameters() if p.requires_grad
-    ]
-    decayed = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
-    plain = [p for name, p in named if p.ndim < 2 or "embed" in name]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+def make_optimizer(cfg: RunConfig, modules: Mapping[str, nn.Module]) -> Muon:
+    named = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
+    return Muon(trained, cfg.learning_rate, cfg.matrix_scale, cfg.weight_decay, dtype)
 
 
 def take_step(cfg: RunConfig, optimizer: torch.optim.Optimizer, loss: torch.Tensor, step: int) -> float:

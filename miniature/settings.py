@@ -21,9 +21,14 @@ class RunConfig(Config):
     )
     render_workers: int = Field(1, ge=1, le=256, description="processes that render pictures")
     batch_size: int = Field(16, ge=1, description="pictures per step")
-    learning_rate: float = Field(1e-3, gt=0, description="at its peak; a cosine takes it to a hundredth")
+    learning_rate: float = Field(
+        1e-3, gt=0, description="of AdamW at its peak; a cosine takes it to a hundredth"
+    )
+    matrix_scale: float = Field(
+        10.0, gt=0, description="learning rate of the matrices, which Muon moves, over that of the rest"
+    )
     warmup_steps: int = Field(200, ge=0, description="steps over which it rises from 0")
-    weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay of AdamW")
+    weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="of the average of the weights, which is what counts; lower at first"

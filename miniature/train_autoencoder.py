@@ -55,6 +55,7 @@ class AutoencoderConfig(RunConfig):
         1e-4, ge=0, description="of the posterior's divergence from N(0, 1), mean over latent elements"
     )
     gradient_weight: float = Field(0.5, ge=0, description="of the error of differences between pixels")
+    squared_weight: float = Field(7.5, ge=0, description="of the squared error, which PSNR is made of")
 
 
 def train(cfg: AutoencoderConfig, hint: str) -> Path:
@@ -100,7 +101,8 @@ def train(cfg: AutoencoderConfig, hint: str) -> Path:
                 noise = torch.randn(mean.shape, generator=source).to(device)
                 rebuilt = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample
             kl = ae.kl_divergence(mean, logvar)
-            loss = ae.reconstruction_loss(image, rebuilt, cfg.gradient_weight) + cfg.kl_weight * kl
+            loss = ae.reconstruction_loss(image, rebuilt, cfg.gradient_weight, cfg.squared_weight)
+            loss = loss + cfg.kl_weight * kl
             norm = runs.take_step(cfg, optimizer, loss, step)
             average.update(step)
             step, total = step + 1, total + float(loss.detach())

@@ -84,13 +84,18 @@ def tiny_base(tiny_unet, tiny_text_encoder, tmp_path_factory) -> Path:
             sample_size=16,
             scaling_factor=0.5,
         )
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "ckpt/miniature", subfolder="tokenizer")
     text = dict(
-        vocab_size=199, max_position_embeddings=32, bos_token_id=197, eos_token_id=198, pad_token_id=198
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     pipe = StableDiffusionPipeline(
         vae,
         tiny_text_encoder(**text),
-        CLIPTokenizer.from_pretrained(ROOT / "ckpt/miniature", subfolder="tokenizer"),
+        tokenizer,
         tiny_unet(),
         DDIMScheduler(
             beta_start=0.00085,

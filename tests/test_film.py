@@ -11,6 +11,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from lorakit import film, morphing
+from lorakit.chunks import Chunks
 from lorakit.denoiser import Denoiser, Rows
 from lorakit.errors import OutputError, StoppedError
 from lorakit.film import Studio, develop, frame_paths, open_frame, probe, shoot
@@ -192,7 +193,7 @@ def studio(tiny_unet, tmp_path):
             ends=morphing.Ends(trajectory, rows),
             settings=morphing.Settings(guidance_scale=2.0),
             control=None,
-            chunks=morphing.Chunks(2),
+            chunks=Chunks(2),
             distance=Distance(),
             folder=tmp_path / folder,
             key="key",
@@ -274,8 +275,8 @@ def test_a_damaged_state_begins_the_pass_anew(studio, content):
 def test_a_chunk_size_that_memory_forced_is_kept_by_a_resumed_pass(studio):
     """The size of a chunk is in the bits of what comes out."""
     with pytest.raises(StoppedError):
-        studio(step=Stop(5), chunks=morphing.Chunks(1)).render(POSITIONS)
-    again = studio(chunks=morphing.Chunks(4))
+        studio(step=Stop(5), chunks=Chunks(1)).render(POSITIONS)
+    again = studio(chunks=Chunks(4))
     again.render(POSITIONS)
     assert again.chunks.size == 1
 

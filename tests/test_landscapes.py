@@ -3,10 +3,14 @@
 import time
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from lorakit.errors import UserError
+from miniature import draw_style
 from miniature.landscapes import (
     BASE_STYLES,
     FOREGROUNDS,
@@ -22,6 +26,7 @@ from miniature.landscapes import (
     render,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 SEEDS = range(4)
 
 
@@ -191,3 +196,28 @@ def test_a_picture_takes_less_than_a_fifth_of_a_second_of_one_core():
     for seed, style in product(range(4), BASE_STYLES):
         render(Scene.sample(seed), style)
     assert (time.process_time() - start) / 12 < 0.2
+
+
+def test_the_data_set_of_the_style_is_what_its_script_draws(tmp_path, capsys):
+    folder = tmp_path / "ink"
+    assert draw_style.main([f"folder={folder}", "pictures=3"]) == 0
+    assert "3 pictures" in capsys.readouterr().out
+    for name in ("000.png", "002.png"):
+        ours, shipped = Image.open(folder / name), Image.open(ROOT / "dataset/ink" / name)
+        assert np.array_equal(np.asarray(ours), np.asarray(shipped))
+    lines = (ROOT / "dataset/ink/metadata.jsonl").read_text().splitlines()
+    assert (folder / "metadata.jsonl").read_text().splitlines() == lines[:3]
+    assert all('"an ink drawing of ' in line for line in lines) and len(lines) == 40
+    other = tmp_path / "pixel"
+    draw_style.main([f"folder={other}", "pictures=1", "style=pixel art"])
+    assert not np.array_equal(
+        np.asarray(Image.open(other / "000.png")), np.asarray(Image.open(folder / "000.png"))
+    )
+    with pytest.raises(UserError, match="holds a data set"):
+        draw_style.main([f"folder={folder}"])
+
+
+def test_validation_scenes_of_the_style_are_not_its_training_scenes():
+    trained = {draw_style.style_scene(i, 0) for i in range(40)}
+    assert not trained & {draw_style.style_scene(i, 1) for i in range(8)}
+    assert draw_style.style_scene(3, 0) in trained

@@ -360,7 +360,9 @@ def test_what_does_not_fit_is_refused_and_the_model_is_left_alone(unet, text_enc
             load_lora(LoraFile(pairs, {}, "kohya"), model, adapter_name="a")
         assert torch.equal(output(model), output(unet())) and not hasattr(model, "peft_config")
     with pytest.raises(UserError, match="numbers its modules"):
-        load_lora(LoraFile(modules, {}, "cloneofsimo"), unet(), adapter_name="a")
+        numbered = {f"lora_unet_#{i}": pair for i, pair in enumerate(modules.values())}
+        load_lora(LoraFile(numbered, {}, "cloneofsimo"), unet(), adapter_name="a")
+    load_lora(LoraFile(modules, {}, "cloneofsimo"), unet(), adapter_name="a")  # named by read_any: loads
     model = unet()
     load_lora(LoraFile(modules, {}, "kohya"), model, adapter_name="a")
     with pytest.raises(UserError, match="'a' is taken"):

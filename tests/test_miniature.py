@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorakit.edges import canny, edge_f1
 from lorakit.errors import StoppedError, UserError
 from lorakit.runs import verify_checkpoint
-from miniature import autoencoder, canny, classifier, diffusion, photographs, pictures, text
+from miniature import autoencoder, classifier, diffusion, photographs, pictures, text
 from miniature import run as runs
 from miniature.landscapes import BASE_STYLES, STYLES, Scene, held_out
 from miniature.settings import RunConfig
@@ -267,16 +268,16 @@ def test_the_tokenizer_knows_the_words_of_captions_and_the_letters_of_others(tmp
 def test_canny_finds_the_border_of_a_square_and_f1_scores_it():
     picture = np.full((64, 64, 3), 0.2, np.float32)
     picture[16:48, 20:44] = 0.8
-    edges = canny.canny(picture)
+    edges = canny(picture)
     border = np.zeros((64, 64), bool)
     border[16:48, 20:44] = True
     border &= (
         ~np.roll(border, 1, 0) | ~np.roll(border, -1, 0) | ~np.roll(border, 1, 1) | ~np.roll(border, -1, 1)
     )
-    assert canny.edge_f1(border, edges) > 0.95
-    assert canny.edge_f1(edges, edges) == 1 and canny.edge_f1(edges, np.zeros_like(edges)) == 0
-    assert canny.edge_f1(edges, np.roll(edges, 10, axis=1)) < 0.5
-    assert not canny.canny(np.full((64, 64, 3), 0.5, np.float32)).any()
+    assert edge_f1(border, edges) > 0.95
+    assert edge_f1(edges, edges) == 1 and edge_f1(edges, np.zeros_like(edges)) == 0
+    assert edge_f1(edges, np.roll(edges, 10, axis=1)) < 0.5
+    assert not canny(np.full((64, 64, 3), 0.5, np.float32)).any()
     assert canny.hint_picture(edges).shape == (3, 64, 64)
 
 

@@ -11,8 +11,9 @@ from diffusers import DDIMScheduler
 
 from lorakit import inversion, morphing
 from lorakit.attention import SharedAttention
+from lorakit.chunks import Chunks
 from lorakit.denoiser import Denoiser, Rows
-from lorakit.morphing import Chunks, Ends, Settings, frame_rows, positions_to_rows
+from lorakit.morphing import Ends, Settings, frame_rows, positions_to_rows
 from lorakit.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.from_scheduler(

@@ -1,27 +1,50 @@
-"""Canny's edge detector on numpy (Canny 1986), as the hint of the miniature's ControlNet."""
+"""Canny's edge detector on numpy (Canny 1986): a ControlNet's hint, and how alike edges are.
+
+A picture is (H, W, 3) float32 in [0, 1], edges are (H, W) bool. Gradients are of brightness per pixel.
+"""
+
+from typing import TypeAlias
 
 import numpy as np
+from PIL import Image
 
-from miniature.fields import Array
+Array: TypeAlias = np.ndarray
+
+OPENCV_UNIT = 1 / (8 * 255)
+"""One unit of OpenCV's thresholds as a gradient: its Sobel kernel sums to 8, its pixels go to 255."""
 
 
 def canny(picture: Array, sigma: float = 1.0, low: float = 0.018, high: float = 0.045) -> Array:
     """Edges, (H, W) bool.
 
     Args:
-        picture: (H, W, 3) in [0, 1].
-        sigma: standard deviation of the blur, pixels.
-        low: gradient of brightness per pixel above which a pixel that touches an edge belongs to it.
+        sigma: standard deviation of the blur, pixels; 0: none, as in OpenCV.
+        low: gradient above which a pixel that touches an edge belongs to it.
         high: the gradient that an edge must reach somewhere.
     """
-    grey = _gaussian(picture @ np.array((0.299, 0.587, 0.114), np.float32), sigma)
-    p = np.pad(grey, 1, mode="edge")
-    # Sobel, scaled to brightness per pixel
-    dx = (p[:-2, 2:] - p[:-2, :-2] + 2 * (p[1:-1, 2:] - p[1:-1, :-2]) + p[2:, 2:] - p[2:, :-2]) / 8
-    dy = (p[2:, :-2] - p[:-2, :-2] + 2 * (p[2:, 1:-1] - p[:-2, 1:-1]) + p[2:, 2:] - p[:-2, 2:]) / 8
-    strength = np.hypot(dx, dy)
+    strength, dx, dy = _gradient(picture, sigma)
     crest = _is_crest(strength, dx, dy)
     return _joined(crest & (strength > low), crest & (strength > high))
+
+
+def auto_thresholds(picture: Array, sigma: float = 1.0) -> tuple[float, float]:
+    """(low, high) for `canny` by the picture's own contrast: an edge is steeper than nine pixels in ten.
+
+    Or than half the steepest, for in a line drawing more than a tenth is as steep as it gets. A floor of 0.01
+    keeps noise from being the edges of a flat picture.
+    """
+    strength = _gradient(picture, sigma)[0]
+    high = max(0.01, min(float(np.quantile(strength, 0.9)), float(strength.max()) / 2))
+    return 0.4 * high, high
+
+
+def _gradient(picture: Array, sigma: float) -> tuple[Array, Array, Array]:
+    """Its length, and its parts to the right and downwards, by Sobel's kernels."""
+    grey = picture @ np.array((0.299, 0.587, 0.114), np.float32)
+    p = np.pad(_gaussian(grey, sigma) if sigma else grey, 1, mode="edge")
+    dx = (p[:-2, 2:] - p[:-2, :-2] + 2 * (p[1:-1, 2:] - p[1:-1, :-2]) + p[2:, 2:] - p[2:, :-2]) / 8
+    dy = (p[2:, :-2] - p[:-2, :-2] + 2 * (p[2:, 1:-1] - p[:-2, 1:-1]) + p[2:, 2:] - p[:-2, 2:]) / 8
+    return np.hypot(dx, dy), dx, dy
 
 
 def _gaussian(grey: Array, sigma: float) -> Array:
@@ -82,3 +105,13 @@ def edge_f1(hint: Array, found: Array, tolerance: int = 1) -> float:
 def hint_picture(edges: Array) -> Array:
     """White lines on black, (3, H, W) float32 in [0, 1]: what a ControlNet takes."""
     return np.broadcast_to(edges.astype(np.float32), (3, *edges.shape)).copy()
+
+
+def edge_image(edges: Array) -> Image.Image:
+    """The same as an RGB picture."""
+    return Image.fromarray(edges.astype(np.uint8) * 255).convert("RGB")
+
+
+def as_floats(image: Image.Image) -> Array:
+    """(H, W, 3) float32 in [0, 1]."""
+    return np.asarray(image.convert("RGB"), np.float32) / 255

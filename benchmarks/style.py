@@ -1,0 +1,130 @@
+"""What a picture costs: LoRA merged against LoRA live, one by one against in batches, ControlNet.
+
+    python benchmarks/style.py                    # the miniature
+    python benchmarks/style.py --rounds 5
+
+The ways are timed by turns, round after round, so that a busy machine is as unfair to all of them; medians.
+Peak memory is that of a process of its own for each way. Prints a table, and one JSON line last.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+PICTURES, STEPS, GUIDANCE = 8, 25, 3.0
+
+
+def prepare(way: str, base_name: str) -> Callable[[], Any]:
+    """What makes PICTURES pictures in one of WAYS, its models loaded."""
+    import torch
+
+    from lorakit.base import inspect_base
+    from lorakit.lora import add_lora
+    from lorakit.models import open_base
+    from lorakit.restyling import restyle
+    from lorakit.sampling import decode_pictures, encode_prompts, picture_noise, sample_images
+
+    base = open_base(inspect_base(base_name))
+    shape = (base.info.resolution, base.info.resolution)
+    embeds = encode_prompts(base, ["a photo of snowy mountains at noon with a lake", ""])
+    if way in ("live", "merged"):
+        for parameter in add_lora(base.unet, rank=16, alpha=16, targets="attention+ff"):
+            torch.nn.init.normal_(parameter, std=0.01)
+        base.unet.to(base.dtype).requires_grad_(False)
+    if way == "merged":
+        for module in base.unet.modules():
+            if hasattr(module, "merge") and hasattr(module, "lora_A"):
+                module.merge()
+    options: dict[str, Any] = {"steps": STEPS, "guidance_scale": GUIDANCE}
+    batch = 1 if way == "single" else 4
+    groups = [list(range(start, start + batch)) for start in range(0, PICTURES, batch)]
+    if way not in ("img2img", "controlnet"):
+        return lambda: [
+            sample_images(base, embeds[:1], embeds[1:], seeds=seeds, shape=shape, **options)
+            for seeds in groups
+        ]
+    controlnet: Any = None
+    if way == "controlnet":
+        from diffusers import ControlNetModel
+
+        controlnet = ControlNetModel.from_unet(
+            base.unet, conditioning_embedding_out_channels=(16, 32, 64, 96)
+        )
+        controlnet = controlnet.to(base.device, base.dtype, memory_format=torch.channels_last).eval()
+    pictures = decode_pictures(base, picture_noise(base, range(batch), shape))
+    control = {
+        "controlnet_conditioning_scale": 0.7,
+        "control_guidance_start": 0.0,
+        "control_guidance_end": 1.0,
+    }
+    options |= {"strength": 0.6, "control": control}
+    return lambda: [
+        restyle(
+            base,
+            controlnet,
+            base.scheduler,
+            pictures,
+            pictures,
+            embeds[:1],
+            embeds[1:],
+            seeds=seeds,
+            **options,
+        )
+        for seeds in groups
+    ]
+
+
+WAYS = {
+    "batched": "text to image, batch of 4",
+    "single": "text to image, one by one",
+    "live": "batch of 4, LoRA of rank 16 live",
+    "merged": "batch of 4, the same LoRA merged",
+    "img2img": "SDEdit at strength 0.6",
+    "controlnet": "SDEdit at strength 0.6 with ControlNet",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--base", default="ckpt/miniature")
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        prepare(options.memory_of, options.base)()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    runs = {way: prepare(way, options.base) for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(options.rounds + 1):
+        for way, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number:  # the first round warms up
+                seconds[way].append((time.perf_counter() - start) / PICTURES)
+    report = {}
+    for way, label in WAYS.items():
+        command = [sys.executable, __file__, "--memory-of", way, "--base", options.base]
+        memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        report[way] = {"seconds": median(seconds[way]), "peak_mb": memory}
+        print(f"{label:40}{report[way]['seconds']:8.3f} s a picture{memory:9.0f} MB")
+    cost = report["live"]["seconds"] / report["merged"]["seconds"]
+    gain = report["single"]["seconds"] / report["batched"]["seconds"]
+    print(f"a live LoRA costs {cost:.2f} times a merged one; one by one {gain:.2f} times a batch of 4")
+    print(json.dumps({"rounds": options.rounds, "steps": STEPS, "guidance_scale": GUIDANCE, "ways": report}))
+
+
+if __name__ == "__main__":
+    main()

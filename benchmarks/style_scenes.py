@@ -1,0 +1,137 @@
+"""Does a style LoRA make the style? Scenes whose true picture in that style is known.
+
+    python train_lora.py cfg/style.json
+    python benchmarks/style_scenes.py                     # about ten minutes on two cores
+
+Forty scenes that nothing was trained on, drawn as photographs, are restyled by style_transfer.py and compared
+with the same scenes drawn in the style: by the weight of the LoRA, by the control scale, and with a LoRA of
+the same scenes and captions in styles at random. Prints a table, writes out/style_scenes/scenes.png, and
+prints one JSON line last.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import style_transfer  # noqa: E402
+from lorakit.base import inspect_base  # noqa: E402
+from lorakit.images import load_image, save_png, to_array  # noqa: E402
+from lorakit.metrics import EncoderDistance  # noqa: E402
+from lorakit.models import Base, set_up_backend  # noqa: E402
+from lorakit.randomness import integer  # noqa: E402
+from lorakit.sheet import contact_sheet  # noqa: E402
+from miniature.draw_style import style_scene  # noqa: E402
+from miniature.landscapes import STYLES, Scene, render  # noqa: E402
+
+OUT = Path("out/style_scenes")
+STYLE, LORA = "an ink drawing", "ckpt/ink.safetensors"
+SCENE_SEED = 7_000_000  # far from the tables of all trainings
+WEIGHTS, SCALES = [0, 0.5, 1], [0, 0.5, 1]
+
+
+def draw(count: int) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Inputs and true results; the inputs are also written as the files that are restyled."""
+    folder = OUT / "inputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    scenes = [Scene.sample(SCENE_SEED + i) for i in range(count)]
+    inputs = [render(scene, "a photo", 128) for scene in scenes]
+    for number, image in enumerate(inputs):
+        save_png(image, folder / f"{number:03d}.png")
+    return inputs, [render(scene, STYLE, 128) for scene in scenes]
+
+
+def train_shuffled() -> str:
+    """A LoRA as cfg/style.json trains it, of the same scenes and captions in styles at random."""
+    name, data = "shuffled", OUT / "shuffled_data"
+    if not (OUT / f"{name}.safetensors").exists():
+        data.mkdir(parents=True, exist_ok=True)
+        lines = (ROOT / "dataset/ink/metadata.jsonl").read_text(encoding="utf-8")
+        for number in range(len(lines.splitlines())):
+            style = STYLES[integer(len(STYLES), 0, "shuffled", number)]
+            save_png(render(style_scene(number), style, 128), data / f"{number:03d}.png")
+        (data / "metadata.jsonl").write_text(lines, encoding="utf-8")
+        options = [f"data_dir={data}", f"output_dir={OUT}", f"ckpt_name={name}", "overwrite=true"]
+        options += ["validation_data_dir=null", "validation_steps=0", "early_stop_patience=null"]
+        options += ["final_weights=last", "sample_steps=0", "report_to=null"]
+        subprocess.run([sys.executable, "train_lora.py", "cfg/style.json", *options], cwd=ROOT, check=True)
+    return str(OUT / f"{name}.safetensors")
+
+
+def restyle(name: str, lora: str, **grid: list[float]) -> dict[float, tuple[list[Image.Image], list[float]]]:
+    """Value of the grid -> the results and their edge F1."""
+    words = [f"image={OUT / 'inputs'}", f"name={name}", f"output_dir={OUT}", f"loras.0.path={lora}"]
+    words += [f"grid.{axis}={json.dumps(values)}" for axis, values in grid.items()]
+    if style_transfer.main(["cfg/style_transfer/ink.json", *words]):
+        raise SystemExit(1)
+    ((axis, values),) = grid.items()
+    entries = json.loads((OUT / name / "report.json").read_text())["pictures"]
+    found = {}
+    for value in values:
+        own = [entry for entry in entries if entry["cell"] == [f"{axis} {value}"]]
+        pictures = [load_image(OUT / name / entry["file"]) for entry in own]
+        found[value] = pictures, [entry["edge_f1"] for entry in own]
+    return found
+
+
+class Judge:
+    """Distance to the true results, in the features of the base's VAE."""
+
+    def __init__(self, base: str, truths: list[Image.Image]):
+        set_up_backend("cpu")
+        self.distance = EncoderDistance(Base(inspect_base(base)))
+        self.truths = self.features(truths)
+
+    def features(self, images: list[Image.Image]) -> list[torch.Tensor]:
+        return self.distance.features(torch.from_numpy(np.stack([to_array(image) for image in images])))
+
+    def distances(self, images: list[Image.Image]) -> list[float]:
+        return self.distance.between(self.features(images), self.truths).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scenes", type=int, default=40)
+    parser.add_argument("--base", default="ckpt/miniature")
+    options = parser.parse_args()
+    inputs, truths = draw(options.scenes)
+    judge = Judge(options.base, truths)
+    by_weight = restyle("weights", LORA, weight=WEIGHTS)
+    by_scale = restyle("scales", LORA, controlnet_conditioning_scale=SCALES)
+    shuffled = restyle("shuffled_lora", train_shuffled(), weight=[1])
+
+    base = torch.tensor(judge.distances(inputs))
+    rows: list[tuple[str, list[float], float]] = [("the input itself", base.tolist(), 1.0)]
+    rows += [(f"LoRA at weight {w:g}", judge.distances(p), mean(f1)) for w, (p, f1) in by_weight.items()]
+    rows += [(f"control scale {s:g}", judge.distances(p), mean(f1)) for s, (p, f1) in by_scale.items()]
+    rows += [("LoRA of shuffled styles", judge.distances(p), mean(f1)) for p, f1 in shuffled.values()]
+    print(f"\n{'':26}{'distance to the truth':>22}{'closer than the input':>23}{'edge F1':>9}")
+    report = {}
+    for name, distances, f1 in rows:
+        closer = mean(float(d < b) for d, b in zip(distances, base.tolist(), strict=True))
+        print(f"{name:26}{mean(distances):22.3f}{closer:23.0%}{f1:9.2f}")
+        report[name] = {"distance": mean(distances), "closer_than_input": closer, "edge_f1": f1}
+    shown = range(min(6, options.scenes))
+    columns = [inputs, *(p for p, _ in by_weight.values()), *(p for p, _ in shuffled.values()), truths]
+    labels = ["input", *(f"weight {w:g}" for w in WEIGHTS), "shuffled styles", "the true drawing"]
+    sheet = contact_sheet([[column[i] for column in columns] for i in shown], column_labels=labels)
+    save_png(sheet, OUT / "scenes.png")
+    print(f"wrote {OUT / 'scenes.png'}")
+    print(json.dumps({"scenes": options.scenes, "style": STYLE, "rows": report}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Draw a data set of one style for style LoRAs: landscapes with captions in metadata.jsonl.
+
+    python miniature/draw_style.py                                # dataset/ink, as it is in the repository
+    python miniature/draw_style.py style="pixel art" folder=dataset/pixel_art pictures=32
+
+The scenes are those of no other table: neither the base nor the judge ever sees them.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lorakit.config import Config, parse_command
+from lorakit.errors import UserError
+from lorakit.images import save_png
+from lorakit.process import run_guarded
+from lorakit.publish import make_folder, publish_file
+from lorakit.randomness import derive_seed
+from miniature.landscapes import STYLES, Scene, render
+
+
+class StyleSetConfig(Config):
+    """The keys of a data set of one style."""
+
+    style: Literal[
+        "a photo", "a flat poster", "a watercolor", "an ink drawing", "pixel art", "a stained glass window"
+    ] = Field("an ink drawing", description="how the pictures are drawn, and how captions begin")
+    folder: str = Field("dataset/ink", min_length=1, description="where they go")
+    pictures: int = Field(40, ge=1, le=10_000, description="how many")
+    size: int = Field(128, ge=32, multiple_of=32, description="pixels of a side")
+    seed: int = Field(0, ge=0, lt=2**63, description="every scene follows from it")
+
+
+def style_scene(index: int, seed: int = 0) -> Scene:
+    """Scene `index` of the data sets of this seed, the same in every style."""
+    return Scene.sample(derive_seed(seed, "style set", index))
+
+
+def main(argv: list[str]) -> int:
+    command = parse_command(
+        StyleSetConfig, argv, prog="draw_style.py", description="Draw landscapes in one style, with captions."
+    )
+    cfg = command.config
+    assert cfg.style in STYLES
+    folder = Path(cfg.folder)
+    if "check" in command.flags:
+        return 0
+    if (folder / "metadata.jsonl").exists():
+        raise UserError(f"{folder} holds a data set: remove it, or choose another folder")
+    make_folder(folder)
+    lines = []
+    for index in range(cfg.pictures):
+        scene = style_scene(index, cfg.seed)
+        save_png(render(scene, cfg.style, cfg.size), folder / f"{index:03d}.png")
+        lines.append(json.dumps({"file_name": f"{index:03d}.png", "text": scene.caption(cfg.style)}))
+    publish_file(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+    print(f"wrote       {folder}: {cfg.pictures} pictures, metadata.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(lambda: main(sys.argv[1:])))
