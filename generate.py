@@ -119,7 +119,7 @@ def count_pictures(cfg: GenerateConfig, prompts: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    argv, again = repeated(argv)
+    argv, again = repeated(GenerateConfig, argv)
     command = parse_command(
         GenerateConfig,
         argv,

@@ -239,7 +239,7 @@ def notes_of(cfg: StyleConfig, info: BaseInfo, paths: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    argv, again = repeated(argv)
+    argv, again = repeated(StyleConfig, argv)
     command = parse_command(
         StyleConfig,
         argv,

@@ -196,14 +196,14 @@ def check_size(info: BaseInfo, width: int | None, height: int | None) -> None:
             raise UserError(f"{key} {side}: must divide by {info.size_multiple} for this base; take {near}")
 
 
-def repeated(argv: Sequence[str]) -> tuple[list[str], bool]:
+def repeated(cls: type[SamplingConfig], argv: Sequence[str]) -> tuple[list[str], bool]:
     """`--from PICTURE.png` replaced by the settings that made it; whether there was one.
 
     Settings on the command line come after them, and so count. The picture does not say where to write: the
     name of the new folder is made of the picture's folder and its number.
 
     Raises:
-        UserError: the picture holds no config, or --from names none.
+        UserError: the picture holds no config, or that of another script, or --from names none.
     """
     rest, settings = list(argv), []
     while named := [i for i, text in enumerate(rest) if text.split("=")[0] == "--from"]:
@@ -216,6 +216,8 @@ def repeated(argv: Sequence[str]) -> tuple[list[str], bool]:
             raise UserError("--from: name a PNG that this script has made")
         name = "_".join(part for part in (Path(path).parent.name, Path(path).stem) if part)
         config = {key: value for key, value in read_config(path).items() if key not in WHERE} | {"name": name}
+        if foreign := sorted(config.keys() - cls.model_fields.keys()):
+            raise UserError(f"{path}: was made by another script, for it has {', '.join(foreign)}; use that one")
         settings += [f"{key}={json.dumps(value)}" for key, value in config.items()]
     return [*settings, *rest], bool(settings)
 

@@ -268,12 +268,13 @@ def test_a_picture_that_cannot_be_repeated_is_refused_by_its_name(tmp_path, orig
     (tmp_path / "cut.png").write_bytes(original.read_bytes()[:150])
     (tmp_path / "text.png").write_text("no picture")
     with Image.open(original) as image:
-        for name, text in (("list", "[1]"), ("broken", "{")):
+        for name, text in (("list", "[1]"), ("broken", "{"), ("style", '{"seed": 1, "strength": 0.5}')):
             chunks = PngInfo()
             chunks.add_text(CONFIG_CHUNK, text)
             image.save(tmp_path / f"{name}.png", pnginfo=chunks)
     cases = {
         "plain.png": "does not tell how it was made",
+        "style.png": "was made by another script, for it has strength; use that one",
         "list.png": "does not tell how it was made",
         "broken.png": "not a whole PNG; --from takes a PNG that this toolkit has made",
         "photo.jpg": "not a whole PNG; --from takes a PNG",

@@ -48,7 +48,11 @@ def test_activations_are_predicted_within_a_third(settings, batch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        base.unet(torch.zeros(batch, 4, 32, 32), torch.tensor([500]), torch.zeros(batch, 32, 128))
+        base.unet(
+            torch.zeros(batch, base.info.latent_channels, 32, 32),
+            torch.tensor([500]),
+            torch.zeros(batch, 32, 128),
+        )
     measured = sum(size for pointer, size in kept.items() if pointer not in own)
     assert params and predicted == pytest.approx(measured, rel=1 / 3)
 
