@@ -2,13 +2,16 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test check bench schema miniature clean
+.PHONY: demo test soak check bench schema miniature clean
 
 demo: .venv/run            ## train both mountain LoRAs on the embedded miniature, show what came out, and morph
 	$(PY) demo.py
 
 test: .venv/dev            ## what CI runs
 	$(PY) -m pytest -m "not net"
+
+soak: .venv/dev            ## half an hour of kills and damaged input; its last line is JSON
+	$(PY) tests/soak.py minutes=30 seed=0
 
 check: .venv/dev           ## lint, format and types
 	$(PY) -m ruff check .

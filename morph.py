@@ -221,6 +221,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
             here = folder if loras else folder / morph_report.WITHOUT
             if (finished := morph_report.finished_version(here)) is not None:
                 versions.append(finished)
+                remove(here / "state")  # of a kill just after the film was finished
                 bar.update(finished.evaluations)
                 continue
             rows = endpoints.conditions(cfg, base, adapters, loras)
@@ -295,7 +296,7 @@ def claim(cfg: MorphConfig, folder: Path, key: str) -> None:
         raise UserError(f"{folder} holds what is no morph (a config.json): choose another name")
     try:
         held = json.loads(record.read_text(encoding="utf-8")).get("fingerprint")
-    except (FileNotFoundError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         held = None
     if held != key:
         if (record.exists() or (folder / "frames").exists()) and not cfg.overwrite:

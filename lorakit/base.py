@@ -147,7 +147,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BaseError(f"{path}: missing; is the base's download complete?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BaseError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise BaseError(f"{path}: holds no JSON object; is the base's download complete?")

@@ -69,12 +69,12 @@ def read_entry(path: Path) -> Tensor | None:
         content = path.read_bytes()
         tensor = load(content)["tensor"]
         length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-    except (OSError, SafetensorError, KeyError, ValueError):
+        digest = json.loads(content[8 : 8 + length])["__metadata__"]["sha256"]
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, RecursionError):
         return None
     if not torch.isfinite(tensor).all():
         return None
-    return tensor if metadata.get("sha256") == hashlib.sha256(content[8 + length :]).hexdigest() else None
+    return tensor if digest == hashlib.sha256(content[8 + length :]).hexdigest() else None
 
 
 def write_entry(path: Path, tensor: Tensor) -> None:

@@ -74,11 +74,17 @@ def truncate(delta: Factors, rank: int | None = None, energy: float | None = Non
     Args:
         rank: at most this.
         energy: the fewest singular values whose squares sum to this share of all.
+
+    Raises:
+        UserError: the numbers are so large that they overflow.
     """
     up, down = delta
     q_u, r_u = torch.linalg.qr(up)  # (out, m), (m, R)
     q_d, r_d = torch.linalg.qr(down.T)  # (in, n), (n, R)
-    u, s, vh = torch.linalg.svd(r_u.double() @ r_d.double().T, full_matrices=False)
+    middle = r_u.double() @ r_d.double().T
+    if not middle.isfinite().all():
+        raise UserError("a LoRA's numbers are so large that its update overflows: the file is damaged")
+    u, s, vh = torch.linalg.svd(middle, full_matrices=False)
     kept = _count(s.square(), rank, energy)
     root = s[:kept].sqrt()
     return q_u @ (u[:, :kept] * root).float(), (root[:, None] * vh[:kept]).float() @ q_d.T

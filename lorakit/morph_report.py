@@ -68,9 +68,9 @@ def finished_version(folder: Path) -> Version | None:
     """The film in `folder`, if all of its frames are there."""
     try:
         found = Version(**json.loads((folder / FILM).read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):
+        return found if all(path.exists() for path in found.frames(folder)) else None
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
-    return found if all(path.exists() for path in found.frames(folder)) else None
 
 
 @dataclass(frozen=True)

@@ -770,3 +770,12 @@ def test_a_mixed_file_drives_a_model_as_its_parts_together(tmp_path, capsys, tin
     with torch.no_grad():
         torch.testing.assert_close(together(*inputs).sample, apart(*inputs).sample, rtol=0, atol=1e-5)
     assert verify_in_diffusers(out, together) == 0.0
+
+
+def test_numbers_that_overflow_are_refused_and_large_ones_are_not():
+    up, down = torch.randn(8, 4), torch.randn(4, 8)
+    assert truncate((up * 1e15, down * 1e15), rank=2)[0].isfinite().all()
+    with pytest.raises(UserError, match="overflows"):
+        truncate((up * float("inf"), down), rank=2)
+    with pytest.raises(UserError, match="overflows"):
+        truncate((up * 1e38, down * 1e38), rank=2)
