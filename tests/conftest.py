@@ -1,8 +1,8 @@
 import os
 
 # Before torch is imported, here and in the processes that tests start. Threads that wait for a busy core cost
-# far more than they save on small models; and one thread gives the same bits on every machine.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# far more than they save on small models; one thread gives the same bits everywhere, and lets tests fork.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
