@@ -59,7 +59,7 @@ def show(config: Path) -> tuple[list, list[str]]:
 
     from lorakit.base import inspect_base
     from lorakit.folder import read_folder
-    from lorakit.images import crop, from_array, load_image, psnr, resize_to_cover, to_array
+    from lorakit.images import crop, load_image, psnr, resize_to_cover, to_array
     from lorakit.lora import load_lora, lora_disabled
     from lorakit.models import Base, set_up_backend
     from lorakit.sampling import sample_images
@@ -70,8 +70,7 @@ def show(config: Path) -> tuple[list, list[str]]:
     row = read_folder(Path(cfg["data_dir"])).rows[0]
     side = cfg["resolution"]
     picture = crop(resize_to_cover(load_image(row.source), side, side), side, side)
-    mean = base.encode(torch.from_numpy(to_array(picture))[None]).chunk(2, dim=1)[0] * base.scaling_factor
-    round_trip = from_array(base.decode(mean)[0].numpy())
+    round_trip = base.decode_pictures(base.mean_latents(torch.from_numpy(to_array(picture))[None]))[0]
     states = base.text_encoder(base.tokenize([row.caption, ""]))[0]
     load_lora(Path(cfg["output_dir"]) / f"{cfg['ckpt_name']}.safetensors", base.unet, adapter_name="fitted")
     options = {"seeds": SEEDS, "shape": (side, side), "steps": 25, "guidance_scale": GUIDANCE_SCALE}

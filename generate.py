@@ -22,7 +22,6 @@ from lorakit.config import parse_command
 from lorakit.errors import UserError
 from lorakit.gallery import Gallery, claim_folder
 from lorakit.process import run_guarded
-from lorakit.publish import check_writable
 from lorakit.sampling_config import SamplingConfig, check_size, repeated
 
 if TYPE_CHECKING:
@@ -38,15 +37,11 @@ class GenerateConfig(SamplingConfig):
     prompt: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field("", description="what to show; a list makes a row of the sheet for each")
     prompt_file: str | None = Field(None, description="text file with a prompt in each line, which counts instead of prompt")
     images_per_prompt: int = Field(1, ge=1, le=10_000, description="pictures of each prompt")
-    width: int | None = Field(None, ge=8, description="pixels; null: the base's own resolution")
-    height: int | None = Field(None, ge=8, description="pixels; give both or neither")
 
     axes: ClassVar[tuple[str, ...]] = (*SamplingConfig.axes, "prompt")
 
     @model_validator(mode="after")
     def _agree(self):
-        if (self.width is None) != (self.height is None):
-            raise ValueError("width, height: give both or neither")
         if "prompt" in self.grid and self.prompt_file is not None:
             raise ValueError("grid, prompt_file: prompts come from the one or from the other")
         for value in self.grid.get("prompt", ()):
@@ -78,7 +73,7 @@ def generate(cfg: GenerateConfig, info: BaseInfo, prompts: list[str], folder: Pa
 
     started = time.perf_counter()
     base = open_base(info, cfg.mixed_precision)
-    check_size(base.info, cfg.width, cfg.height)  # again, for a base that was not on this machine
+    check_size(cfg, base.info)  # again, for a base that was not on this machine
     shape = picture_shape(cfg, base.info)
     varies = "prompt" in cfg.grid
 
@@ -131,7 +126,7 @@ def main(argv: list[str]) -> int:
     )
     cfg = command.config
     info = inspect_base(cfg.pretrained_model_name_or_path)
-    check_size(info, cfg.width, cfg.height)
+    check_size(cfg, info)
     prompts = read_prompts(cfg)
     notes = [note for _, cell in cfg.numbered_cells() for note in cell.resolved()[1]]
     width, height = picture_shape(cfg, info)
@@ -139,9 +134,7 @@ def main(argv: list[str]) -> int:
     print("".join(f"note        {note}\n" for note in dict.fromkeys(notes)), end="", flush=True)
     if "check" in command.flags:
         return 0
-    folder = Path(cfg.output_dir) / cfg.name
-    check_writable(folder)
-    claim_folder(folder, cfg.overwrite)
+    folder = claim_folder(cfg)
     sheets = generate(cfg, info, prompts, folder)
     print(f"wrote       {folder}: {count_pictures(cfg, prompts)} pictures, report.json; look at {sheets[0]}")
     return 0

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from lorakit.base import BaseInfo, inspect_base
 from lorakit.config import Config, parse_command
 from lorakit.errors import UserError
-from lorakit.images import IMAGE_SUFFIXES, crop, image_size, load_image, psnr, resize_to_cover, save_png
+from lorakit.images import IMAGE_SUFFIXES, image_size, psnr, read_picture, save_png
 from lorakit.process import run_guarded
 from lorakit.publish import check_writable, publish_file
 from lorakit.tensors import read_header
@@ -254,7 +254,7 @@ def contact(
 
 def invert(cfg: InvertConfig, info: BaseInfo, size: tuple[int, int], folder: Path) -> None:
     """Print the table, and write reconstructions, sheet and report."""
-    picture = crop(resize_to_cover(load_image(cfg.image), *size), *size)
+    picture = read_picture(cfg.image, size)
     pipe = load(cfg, info)
     round_trip = pipe.decode_latents_to_pictures(pipe.encode_image(picture, *size))[0]
     bound = likeness(round_trip, picture)

@@ -117,8 +117,7 @@ def fit_missing(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag)
     Raises:
         UserError: a training failed; its own message stands above.
     """
-    from lorakit.endpoints import read_picture
-    from lorakit.images import save_png
+    from lorakit.images import read_picture, save_png
     from lorakit.publish import make_folder
 
     for path in plan.missing:
@@ -174,17 +173,16 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
     from lorakit.attention import SharedAttention
     from lorakit.chunks import Chunks
     from lorakit.denoiser import Denoiser
+    from lorakit.images import read_picture
     from lorakit.metrics import make_distance
-    from lorakit.models import Base, compute_dtype, set_up_backend
+    from lorakit.models import Base, compute_dtype, resolve_precision, set_up_backend
 
     # -- base, LoRAs, pictures
     team = PartialState()
     device = team.device
     assert device is not None
     set_up_backend(device.type)
-    precision = cfg.mixed_precision
-    if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "no"
+    precision = resolve_precision(cfg.mixed_precision, device.type)
     base = Base(plan.base, device, compute_dtype(precision), cfg.prediction_type)
     if not plan.base.known:  # a hub id that was not on this machine, or a single file
         plan = make_morph_plan(cfg, base.info)
@@ -193,7 +191,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
     team.wait_for_everyone()  # until the folder is claimed
     adapters = endpoints.load_adapters(base, plan.loras)
     schedule, names = base.noise_schedule(), list(adapters.values())
-    pictures = [endpoints.read_picture(picture.path, plan.shape) for picture in cfg.images]
+    pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]
     latents = [endpoints.encode_picture(base, picture) for picture in pictures]
     round_trips = [endpoints.decode_picture(base, each[0]) for each in latents]
     control = endpoints.control_embeds(cfg, base, adapters)

@@ -24,9 +24,8 @@ from lorakit.base import BaseInfo, inspect_base
 from lorakit.config import parse_command
 from lorakit.errors import UserError
 from lorakit.gallery import Gallery, claim_folder
-from lorakit.images import IMAGE_SUFFIXES, crop, image_size, load_image, resize_to_cover, save_png
+from lorakit.images import IMAGE_SUFFIXES, image_size, read_picture, save_png
 from lorakit.process import run_guarded
-from lorakit.publish import check_writable
 from lorakit.sampling_config import SamplingConfig, check_size, repeated
 from lorakit.views import assign_shapes
 
@@ -51,8 +50,6 @@ class StyleConfig(SamplingConfig):
     image: str = Field(min_length=1, description="a picture, a folder of pictures, or a pattern such as photos/*.jpg")
     prompt: str = Field("", description="what the result shows, with the words of the style LoRA")
     images_per_picture: int = Field(1, ge=1, le=1000, description="results for each picture")
-    width: int | None = Field(None, ge=8, description="pixels; null: near the picture's own aspect at the base's area")
-    height: int | None = Field(None, ge=8, description="pixels; give both or neither")
 
     strength: float = Field(0.6, gt=0, le=1, description="how far towards noise the picture is taken, and the share of the steps that is run; 1: its colours are forgotten")
 
@@ -68,8 +65,6 @@ class StyleConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _agree(self):
-        if (self.width is None) != (self.height is None):
-            raise ValueError("width, height: give both or neither")
         if self.control_guidance_start >= self.control_guidance_end:
             raise ValueError("control_guidance_start, control_guidance_end: the first must be the smaller one")
         if self.canny_low != "auto" and self.canny_high != "auto" and self.canny_low > self.canny_high:
@@ -116,19 +111,17 @@ def find_edges(cfg: StyleConfig, picture: "Image") -> Any:
     from lorakit.edges import OPENCV_UNIT, as_floats, auto_thresholds, canny
 
     values = as_floats(picture)
-    low, high = auto_thresholds(values, cfg.canny_blur)
-    if cfg.canny_high != "auto":
-        low, high = 0.4 * cfg.canny_high * OPENCV_UNIT, cfg.canny_high * OPENCV_UNIT
-    if cfg.canny_low != "auto":
-        low = cfg.canny_low * OPENCV_UNIT
-    return canny(values, cfg.canny_blur, min(low, high), high)
+    high = cfg.canny_high
+    high = auto_thresholds(values, cfg.canny_blur)[1] if high == "auto" else high * OPENCV_UNIT
+    low = 0.4 * high if cfg.canny_low == "auto" else min(cfg.canny_low * OPENCV_UNIT, high)
+    return canny(values, cfg.canny_blur, low, high)
 
 
 def read_source(cfg: StyleConfig, path: str, shape: tuple[int, int]) -> Source:
     """The picture at its working size, where its edges are looked for."""
     from lorakit.edges import edge_image
 
-    picture = crop(resize_to_cover(load_image(path), *shape), *shape)
+    picture = read_picture(path, shape)
     edges = find_edges(cfg, picture)
     return Source(picture, edges, edge_image(edges))
 
@@ -158,7 +151,7 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
 
     started = time.perf_counter()
     base = open_base(info, cfg.mixed_precision)
-    check_size(base.info, cfg.width, cfg.height)  # again, for a base that was not on this machine
+    check_size(cfg, base.info)  # again, for a base that was not on this machine
     name = controlnet_of(cfg, base.info)
     controlnet = restyling.load_controlnet(name, base) if name else None
     sources = [read_source(cfg, path, shape_of(cfg, base.info, path)) for path in paths]
@@ -251,7 +244,7 @@ def main(argv: list[str]) -> int:
     )
     cfg = command.config
     info = inspect_base(cfg.pretrained_model_name_or_path)
-    check_size(info, cfg.width, cfg.height)
+    check_size(cfg, info)
     paths = find_pictures(cfg.image)
     notes = notes_of(cfg, info, paths)
     count = len(cfg.numbered_cells()) * len(paths) * cfg.images_per_picture
@@ -259,9 +252,7 @@ def main(argv: list[str]) -> int:
     print("".join(f"note        {note}\n" for note in notes), end="", flush=True)
     if "check" in command.flags:
         return 0
-    folder = Path(cfg.output_dir) / cfg.name
-    check_writable(folder)
-    claim_folder(folder, cfg.overwrite)
+    folder = claim_folder(cfg)
     sheets = restyle_all(cfg, info, paths, folder)
     print(f"wrote       {folder}: {count} pictures, edges, report.json; look at {sheets[0]}")
     return 0

@@ -53,7 +53,7 @@ from lorakit.base import inspect_base
 from lorakit.chunks import Chunks
 from lorakit.denoiser import Denoiser
 from lorakit.errors import UserError
-from lorakit.images import load_image, psnr, to_array
+from lorakit.images import load_image, psnr, read_picture, to_array
 from lorakit.interpolate import adain, bezier, slerp
 from lorakit.lora_file import LoraPair, lora_bytes
 from lorakit.models import Base, compute_dtype, set_up_backend
@@ -181,7 +181,7 @@ class Loop:
         rows = endpoints.conditions(self.cfg, self.base, self.setup.adapters)
         self.prompts = list(rows.prompt_embeds.split(1))
         for k, (picture, embeds) in enumerate(zip(self.cfg.images, self.prompts, strict=True)):
-            image = endpoints.read_picture(picture.path, self.setup.plan.shape)
+            image = read_picture(picture.path, self.setup.plan.shape)
             self.mix(float(k))
             start = endpoints.encode_picture(self.base, image)
             *_, last = inversion.invert(start, self.grid, lambda x, t, e=embeds: self.predict(x, t, e))
@@ -405,7 +405,7 @@ def lorakit(setup: Setup) -> Film:
     """What morph.morph does from pictures to frames, without the files that show them."""
     cfg, plan, base = setup.cfg, setup.plan, setup.base
     schedule, names = base.noise_schedule(), list(setup.adapters.values())
-    pictures = [endpoints.read_picture(picture.path, plan.shape) for picture in cfg.images]
+    pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]
     latents = [endpoints.encode_picture(base, picture) for picture in pictures]
     rows = endpoints.conditions(cfg, base, setup.adapters)
     alone = Denoiser(base.unet, schedule, names)
@@ -457,7 +457,7 @@ def forget_peak() -> None:
 def warm_up(setup: Setup) -> None:
     """A first evaluation of each network: libraries choose their kernels in it."""
     loop = Loop(setup)
-    picture = endpoints.read_picture(setup.cfg.images[0].path, setup.plan.shape)
+    picture = read_picture(setup.cfg.images[0].path, setup.plan.shape)
     latents = endpoints.encode_picture(setup.base, picture)
     rows = endpoints.conditions(setup.cfg, setup.base, setup.adapters)
     loop.predict(latents, loop.grid.timesteps[0], rows.prompt_embeds[:1])
@@ -509,7 +509,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
 
 def judge(setup: Setup, film: Film) -> dict[str, Any]:
     """How near the ends come to the VAE's round trip of the pictures, and lorakit.metrics of the film."""
-    pictures = [endpoints.read_picture(picture.path, setup.plan.shape) for picture in setup.cfg.images]
+    pictures = [read_picture(picture.path, setup.plan.shape) for picture in setup.cfg.images]
     latents = [endpoints.encode_picture(setup.base, picture) for picture in pictures]
     around = [endpoints.decode_picture(setup.base, each[0]) for each in latents]
     distance = metrics.make_distance(setup.cfg.distance, setup.base)

@@ -32,7 +32,7 @@ def prepare(way: str, base_name: str) -> Callable[[], Any]:
     from lorakit.lora import add_lora
     from lorakit.models import open_base
     from lorakit.restyling import restyle
-    from lorakit.sampling import decode_pictures, encode_prompts, picture_noise, sample_images
+    from lorakit.sampling import encode_prompts, picture_noise, sample_images
 
     base = open_base(inspect_base(base_name))
     shape = (base.info.resolution, base.info.resolution)
@@ -61,7 +61,7 @@ def prepare(way: str, base_name: str) -> Callable[[], Any]:
             base.unet, conditioning_embedding_out_channels=(16, 32, 64, 96)
         )
         controlnet = controlnet.to(base.device, base.dtype, memory_format=torch.channels_last).eval()
-    pictures = decode_pictures(base, picture_noise(base, range(batch), shape))
+    pictures = base.decode_pictures(picture_noise(base, range(batch), shape))
     control = {
         "controlnet_conditioning_scale": 0.7,
         "control_guidance_start": 0.0,

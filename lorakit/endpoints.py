@@ -13,7 +13,7 @@ from lorakit import inversion, randomness
 from lorakit.base import BaseInfo
 from lorakit.denoiser import Denoiser, Rows, join_rows
 from lorakit.errors import OutputError, UserError
-from lorakit.images import crop, from_array, load_image, resize_to_cover, to_array
+from lorakit.images import to_array
 from lorakit.lora import load_lora
 from lorakit.models import Base
 from lorakit.morph_plan import FIT_TIMESTEPS, MorphPlan, base_hashes, file_sha256
@@ -38,21 +38,14 @@ def load_adapters(base: Base, loras: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def read_picture(path: str, shape: tuple[int, int]) -> Image.Image:
-    """The picture as the model sees it: scaled to cover (width, height) and cut in the middle."""
-    return crop(resize_to_cover(load_image(path), *shape), *shape)
-
-
-@torch.no_grad()
 def encode_picture(base: Base, picture: Image.Image) -> Tensor:
     """Scaled latents (1, C, h, w): the mean of the VAE's posterior, float32 on the base's device."""
-    moments = base.encode(torch.from_numpy(to_array(picture))[None])
-    return moments.chunk(2, dim=1)[0] * base.scaling_factor
+    return base.mean_latents(torch.from_numpy(to_array(picture))[None])
 
 
 def decode_picture(base: Base, latents: Tensor) -> Image.Image:
     """The picture of one latent (C, h, w)."""
-    return from_array(base.decode(latents[None])[0].cpu().numpy())
+    return base.decode_pictures(latents[None])[0]
 
 
 @torch.no_grad()

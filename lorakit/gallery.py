@@ -11,7 +11,7 @@ from PIL import Image
 
 from lorakit.errors import UserError
 from lorakit.images import save_png
-from lorakit.publish import make_folder, publish_file, remove
+from lorakit.publish import check_writable, publish_file, remove
 from lorakit.sampling_config import SamplingConfig, png_text
 from lorakit.sheet import contact_sheet
 
@@ -23,15 +23,18 @@ def earlier_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name)]
 
 
-def claim_folder(folder: Path, overwrite: bool) -> None:
-    """Make the folder of a run; what an earlier one left there stays until there is a picture to replace it.
+def claim_folder(cfg: SamplingConfig) -> Path:
+    """The folder of a run; what an earlier one left there stays until there is a picture to replace it.
 
     Raises:
         UserError: there is an earlier run and `overwrite` is not set.
+        OutputError: nothing can be written there.
     """
-    make_folder(folder)
-    if not overwrite and any(path.suffix != ".tmp" for path in earlier_files(folder)):
+    folder = Path(cfg.output_dir) / cfg.name
+    check_writable(folder)
+    if not cfg.overwrite and any(path.suffix != ".tmp" for path in earlier_files(folder)):
         raise UserError(f"{folder} holds an earlier run: set overwrite=true, or another name=…")
+    return folder
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,11 @@ def crop(
     return image.crop((left, top, left + width, top + height))
 
 
+def read_picture(path: str | Path, shape: tuple[int, int]) -> Image.Image:
+    """The picture as a model sees it: scaled to cover (width, height) and cut in the middle."""
+    return crop(resize_to_cover(load_image(path), *shape), *shape)
+
+
 def to_array(image: Image.Image) -> np.ndarray:
     """RGB picture -> float32 (3, H, W) in [-1, 1]."""
     assert image.mode == "RGB", f"an RGB picture is expected, not {image.mode}"

@@ -140,17 +140,21 @@ def load_lora(
     *,
     adapter_name: str,
     weight: float = 1.0,
+    label: str | None = None,
 ) -> int:
     """Loads a LoRA of any layout beside those already active, frozen; returns how many modules it adapts.
 
     A weight matrix changes by weight * alpha / rank * up @ down, in the dtype of the base's layer. The models
     stay as they were unless every module of the file has its place.
 
+    Args:
+        label: stands for the file in messages (default: its path).
+
     Raises:
         UserError: modules without a place, other shapes, or a text encoder that was not given.
     """
     file = source if isinstance(source, LoraFile) else read_lora(source)
-    label = "the LoRA" if isinstance(source, LoraFile) else str(source)
+    label = label or ("the LoRA" if isinstance(source, LoraFile) else str(source))
     if any("#" in name for name in file.modules):  # read_lora leaves numbers; read_any has named them
         raise UserError(
             f"{label}: is in cloneofsimo's layout, which numbers its modules instead of naming them; "

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lorakit.base import WEIGHTS, BaseError, BaseInfo, describe_base, inspect_base
+from lorakit.images import from_array
 from lorakit.schedule import NoiseSchedule
 
 # The sampler of all that must be repeatable and invertible, whatever the base ships (PNDM in SD 1.5).
@@ -127,12 +129,20 @@ class Base:
         image = image.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         return vae.encode(image).latent_dist.parameters
 
+    def mean_latents(self, image: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w), float32: the mean of the posterior, not a draw from it."""
+        return self.encode(image).chunk(2, dim=1)[0] * self.scaling_factor
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) from scaled latents, float32."""
         vae = self.vae.to(self.device)
         latents = latents.to(self.device, torch.float32) / self.scaling_factor
         return vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+
+    def decode_pictures(self, latents: Tensor) -> list[Image.Image]:
+        """One at a time: it is the VAE that needs the most memory for a large picture."""
+        return [from_array(self.decode(latent[None])[0].cpu().numpy()) for latent in latents]
 
     def park(self, keep_text_encoder: bool = False) -> None:
         """Free the device of what training steps do not need; the VAE waits on the CPU until it is used."""
@@ -202,9 +212,14 @@ def open_base(info: BaseInfo, mixed_precision: str = "auto") -> Base:
     """The base on the best device here; `auto` is fp16 on a CUDA GPU and float32 elsewhere."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     set_up_backend(device)
-    if mixed_precision == "auto":
-        mixed_precision = "fp16" if device == "cuda" else "no"
-    return Base(info, device, compute_dtype(mixed_precision))
+    return Base(info, device, compute_dtype(resolve_precision(mixed_precision, device)))
+
+
+def resolve_precision(mixed_precision: str, device_type: str) -> str:
+    """What `auto` stands for, outside of training: fp16 on a CUDA GPU, else no."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    return "fp16" if device_type == "cuda" else "no"
 
 
 def compute_dtype(mixed_precision: str) -> torch.dtype:

@@ -2,6 +2,7 @@
 (Zhang, Rao and Agrawala 2023).
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lorakit.errors import UserError
 from lorakit.models import Base
-from lorakit.sampling import batch_options, decode_pictures, make_pipeline, picture_noise
+from lorakit.sampling import batch_options, make_pipeline, picture_noise
 
 
 def load_controlnet(name: str, base: Base) -> Any:
@@ -35,9 +36,7 @@ def load_controlnet(name: str, base: Base) -> Any:
         raise UserError(f"{name}: lacks {len(lost)} weights, such as {lost[0]}; fetch or train it again")
     for key in ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block"):
         theirs, ours = controlnet.config[key], base.unet.config[key]
-        if (tuple(theirs) if isinstance(theirs, list) else theirs) != (
-            tuple(ours) if isinstance(ours, list) else ours
-        ):
+        if json.dumps(theirs) != json.dumps(ours):  # a tuple and a list of the same channels are the same
             raise UserError(f"{name}: is made for another base: {key} is {theirs}, here {ours}")
     if 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1) != base.info.vae_factor:
         raise UserError(f"{name}: does not reduce hints by {base.info.vae_factor}, as the base's VAE does")
@@ -56,9 +55,8 @@ class _SeededStart:
     def prepare_latents(self, image: Tensor, timestep: Tensor, *_: Any, **__: Any) -> Tensor:
         """x_t of `image` (B, 3, H, W) in [-1, 1] at the first timestep (B,)."""
         base, seeds = self.start
-        latents = base.encode(image).chunk(2, dim=1)[0] * base.scaling_factor
         noise = picture_noise(base, seeds, (image.shape[3], image.shape[2]))
-        return self.scheduler.add_noise(latents.to(noise), noise, timestep)
+        return self.scheduler.add_noise(base.mean_latents(image).to(noise), noise, timestep)
 
 
 class _Img2Img(_SeededStart, StableDiffusionImg2ImgPipeline):
@@ -100,4 +98,4 @@ def restyle(
         pipe = make_pipeline(_ControlledImg2Img, base, scheduler, controlnet=controlnet)
         options |= {"control_image": list(hints)} | control
     pipe.start = base, seeds
-    return decode_pictures(base, pipe(image=list(pictures), **options).images)
+    return base.decode_pictures(pipe(image=list(pictures), **options).images)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lorakit import randomness
 from lorakit.errors import UserError
-from lorakit.images import from_array
 from lorakit.lora import adapter_layers, load_lora, train_only
 from lorakit.lora_file import LoraFile, component_of
 from lorakit.lora_import import read_any
@@ -108,12 +107,8 @@ class LoraStack:
                 self.notes.append(note)
             name = f"lora_{len(self.names)}"
             needs_text = any(component_of(module) == "text_encoder" for module in file.modules)
-            try:
-                load_lora(
-                    file, self.base.unet, self.base.text_encoder if needs_text else None, adapter_name=name
-                )
-            except UserError as error:
-                raise UserError(str(error).replace("the LoRA", path, 1)) from None
+            text_encoder = self.base.text_encoder if needs_text else None
+            load_lora(file, self.base.unet, text_encoder, adapter_name=name, label=path)
             self.names[path, rank] = name
         return self.names[path, rank]
 
@@ -202,11 +197,6 @@ def batch_options(
     }
 
 
-def decode_pictures(base: Base, latents: Tensor) -> list[Image.Image]:
-    """One at a time: it is the VAE that needs the most memory for a large picture."""
-    return [from_array(base.decode(latent[None])[0].cpu().numpy()) for latent in latents]
-
-
 @torch.no_grad()
 def sample_images(
     base: Base,
@@ -236,4 +226,4 @@ def sample_images(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
     ).images
-    return decode_pictures(base, latents)
+    return base.decode_pictures(latents)

@@ -45,6 +45,7 @@ class SamplingConfig(Config):
 
     headings: ClassVar[dict[str, str]] = {
         "pretrained_model_name_or_path": "Model",
+        "width": "Size",
         "negative_prompt": "Sampler",
         "grid": "Grid",
         "output_dir": "Output",
@@ -53,6 +54,9 @@ class SamplingConfig(Config):
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="dtype of U-Net and text encoder; auto: fp16 on a CUDA GPU, float32 elsewhere. The VAE is float32")
     loras: tuple[LoraEntry, ...] = Field((), description="LoRAs, whose updates add up")
+
+    width: int | None = Field(None, ge=8, description="pixels; null: the base's own resolution, near the aspect of a picture that is restyled")
+    height: int | None = Field(None, ge=8, description="pixels; give both or neither")
 
     negative_prompt: str = Field("", description="of no effect at guidance 1")
     scheduler: SchedulerName | None = Field(None, description="sampler; null: as the LoRA's file asks for, else ddim")
@@ -72,9 +76,11 @@ class SamplingConfig(Config):
 # fmt: on
 
     @model_validator(mode="after")
-    def _grid_is_possible(self) -> Self:
+    def _is_possible(self) -> Self:
         if self.name in (".", ".."):
             raise ValueError(f'name "{self.name}": names a folder that is in use; choose another')
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width, height: give both or neither")
         if len(self.grid) > 2:
             raise ValueError("grid: a sheet has two axes at most")
         for axis, values in self.grid.items():
@@ -181,15 +187,13 @@ def read_hints(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: its {HINTS_KEY} is not usable ({text[:80]})") from error
 
 
-def check_size(info: BaseInfo, width: int | None, height: int | None) -> None:
+def check_size(cfg: SamplingConfig, info: BaseInfo) -> None:
     """Refuse a size that the base cannot make.
 
     Raises:
-        UserError: one side only, or a side that does not divide.
+        UserError: a side that does not divide.
     """
-    if (width is None) != (height is None):
-        raise UserError("width, height: give both or neither")
-    for key, side in (("width", width), ("height", height)):
+    for key, side in (("width", cfg.width), ("height", cfg.height)):
         if side is not None and side % info.size_multiple:
             low = side // info.size_multiple * info.size_multiple
             near = " or ".join(str(each) for each in (low, low + info.size_multiple) if each)

@@ -10,108 +10,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def tiny_unet():
-    """Factory of a U-Net of SD 1.x's make: 8x8 latents, two levels, cross attention of width 16."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    def make(seed=0, **overrides):
-        settings = dict(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            norm_num_groups=4,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return UNet2DConditionModel(**(settings | overrides)).eval()
-
-    return make
+    """Factory of a tiny U-Net, see small.tiny_unet."""
+    return small.tiny_unet
 
 
 @pytest.fixture(scope="session")
 def tiny_text_encoder():
-    """Factory of a CLIP text encoder of width 16 with two layers; 77 tokens of a vocabulary of 100."""
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    def make(seed=0, **overrides):
-        settings = dict(
-            vocab_size=100,
-            hidden_size=16,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            bos_token_id=98,
-            eos_token_id=99,
-            pad_token_id=99,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return CLIPTextModel(CLIPTextConfig(**(settings | overrides))).eval()
-
-    return make
+    """Factory of a tiny text encoder, see small.tiny_text_encoder."""
+    return small.tiny_text_encoder
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tiny_unet, tiny_text_encoder, tmp_path_factory) -> Path:
-    """A whole base on disk, random and very small: 16-pixel pictures, VAE factor 2, 32 tokens."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-            scaling_factor=0.5,
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "ckpt/miniature", subfolder="tokenizer")
-    text = dict(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    pipe = StableDiffusionPipeline(
-        vae,
-        tiny_text_encoder(**text),
-        tokenizer,
-        tiny_unet(),
-        DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        None,
-        None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    pipe.save_pretrained(folder)
-    return folder
+def tiny_base(tmp_path_factory) -> Path:
+    """A whole base on disk, see small.tiny_base."""
+    return small.tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -154,19 +73,7 @@ def adapted_unet(tiny_unet, random_lora):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """Four small pictures of three aspects with captions in metadata.jsonl."""
-    import numpy as np
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    lines = []
-    for number, (width, height) in enumerate([(24, 24), (40, 24), (24, 40), (24, 24)]):
-        pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        name = f"{number}.png"
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": f"a photo of mountains {number}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return small.small_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(autouse=True)
@@ -190,28 +97,17 @@ def settings(tiny_base, pictures, tmp_path):
     """Factory of the command line of a short run on the tiny base: `settings(max_train_steps=4, rank=2)`."""
 
     def make(**changes) -> list[str]:
-        keys = dict(
+        keys = small.SHORT_RUN | dict(
             pretrained_model_name_or_path=str(tiny_base),
             data_dir=str(pictures),
             output_dir=str(tmp_path / "ckpt"),
             log_dir=str(tmp_path / "log"),
             cache_dir=str(tmp_path / "cache"),
-            ckpt_name="run",
-            resolution=16,
-            aspect_ratio_buckets=False,
-            rank=4,
-            target_modules="attention",
-            learning_rate=1e-2,
-            n_epochs=None,
             max_train_steps=6,
-            checkpointing_steps=2,
             validation_steps=3,
-            validation_timesteps=2,
-            sample_steps=0,
-            report_to=None,
             logging_steps=2,
         )
-        return [f"{key}={json.dumps(value)}" for key, value in (keys | changes).items()]
+        return small.settings_of(**(keys | changes))
 
     return make
 

@@ -43,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 from pydantic import Field  # noqa: E402
+from small import SHORT_RUN, settings_of, small_pictures, tiny_base  # noqa: E402
 
 from lorakit.config import Config, parse_command  # noqa: E402
 from lorakit.errors import UserError  # noqa: E402
@@ -585,25 +586,10 @@ class Story:
     results: Callable[[Path], dict[str, str]]
 
 
-def settings_of(**values: Any) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
 def training(name: str, base: Path, pictures: Path, **changes: Any) -> Story:
-    keys = dict(
+    keys = SHORT_RUN | dict(
         pretrained_model_name_or_path=str(base),
         data_dir=str(pictures),
-        ckpt_name="run",
-        resolution=16,
-        aspect_ratio_buckets=False,
-        rank=4,
-        target_modules="attention",
-        learning_rate=1e-2,
-        n_epochs=None,
-        checkpointing_steps=2,
-        validation_timesteps=2,
-        sample_steps=0,
-        report_to=None,
         logging_steps=1,
         resume_from_checkpoint="latest",
     )
@@ -709,66 +695,6 @@ def unusable_files(folder: Path) -> list[str]:
 
 def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def tiny_base(folder: Path) -> Path:
-    """A whole base on disk, random and very small: 16-pixel pictures, VAE factor 2, 32 tokens."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(1)
-    levels: dict[str, Any] = dict(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=0.5, **levels)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "ckpt/miniature", subfolder="tokenizer")
-    sizes: dict[str, Any] = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    parts: list[Any] = [vae, CLIPTextModel(CLIPTextConfig(**sizes)), tokenizer, unet, scheduler, None, None]
-    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
-    return folder
-
-
-def small_pictures(folder: Path) -> Path:
-    folder.mkdir()
-    rng, lines = np.random.default_rng(0), []
-    for number, size in enumerate([(24, 24), (40, 24), (24, 40), (24, 24)]):
-        pixels = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
-        pixels.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"mountains {number}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
 
 
 # ---- kills ----

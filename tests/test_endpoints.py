@@ -16,7 +16,7 @@ from lorakit.config import load_config
 from lorakit.denoiser import Denoiser, Rows
 from lorakit.errors import OutputError, UserError
 from lorakit.folder import Row
-from lorakit.images import load_image, to_array
+from lorakit.images import load_image, read_picture, to_array
 from lorakit.models import Base
 from lorakit.morph_plan import make_morph_plan
 from lorakit.schedule import NoiseSchedule
@@ -51,7 +51,7 @@ def text_lora(tiny_base, random_lora, tmp_path) -> str:
 
 
 def latents_of(cfg, plan, base):
-    pictures = [endpoints.read_picture(picture.path, plan.shape) for picture in cfg.images]
+    pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]
     return [endpoints.encode_picture(base, picture) for picture in pictures]
 
 
@@ -63,7 +63,7 @@ def test_a_picture_is_seen_as_in_training(pictures, shape):
     for number in range(3):
         path = pictures / f"{number}.png"
         image = load_image(path)
-        seen = endpoints.read_picture(str(path), shape)
+        seen = read_picture(str(path), shape)
         assert seen.size == shape
         row = Row(path, path.name, "", image.width, image.height, "", "metadata.jsonl:1")
         assert (to_array(seen) == View(row, shape).pixels(image)).all()
@@ -71,7 +71,7 @@ def test_a_picture_is_seen_as_in_training(pictures, shape):
 
 def test_latents_are_the_mean_of_the_posterior_and_come_back_through_the_decoder(opened):
     cfg, plan, base, _ = opened(loras=(False, False))
-    picture = endpoints.read_picture(cfg.images[0].path, plan.shape)
+    picture = read_picture(cfg.images[0].path, plan.shape)
     found = endpoints.encode_picture(base, picture)
     image = torch.from_numpy(to_array(picture))[None]
     with torch.no_grad():

@@ -185,10 +185,10 @@ def studio(tiny_unet, tmp_path):
         rng = torch.Generator().manual_seed(3)
         trajectory = torch.randn(9, 3, 4, 8, 8, generator=rng)
         rows = Rows(*torch.randn(2, 3, 5, 16, generator=rng), torch.zeros(3, 0))
+        base = SimpleNamespace(device=torch.device("cpu"), decode=lambda latents: latents[:, :3].clamp(-1, 1))
+        base.decode_pictures = lambda latents: Base.decode_pictures(base, latents)
         settings = dict(
-            base=SimpleNamespace(
-                device=torch.device("cpu"), decode=lambda latents: latents[:, :3].clamp(-1, 1)
-            ),
+            base=base,
             denoiser=Denoiser(unet, SCHEDULE),
             ends=morphing.Ends(trajectory, rows),
             settings=morphing.Settings(guidance_scale=2.0),

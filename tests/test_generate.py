@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from galleries import ONE_LEVEL, command_line, distance, levels, pictures_in, report_in
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -20,28 +20,15 @@ from lorakit.process import run_guarded
 from lorakit.sampling_config import CONFIG_CHUNK, HINTS_KEY
 
 ROOT = Path(__file__).resolve().parents[1]
-ONE_LEVEL = 1
 
 
 @pytest.fixture
 def arguments(tiny_base, tmp_path):
     """Factory of the command line for one picture on the tiny base."""
-    config = tmp_path / "empty.json"
 
     def make(*more, **changes):
-        keys = dict(
-            pretrained_model_name_or_path=str(tiny_base),
-            prompt="a photo of mountains",
-            num_inference_steps=2,
-            output_dir=str(tmp_path / "out"),
-            name="run",
-        )
-        config.write_text("{}")  # instead of the default config
-        return [
-            str(config),
-            *more,
-            *(f"{key}={json.dumps(value)}" for key, value in (keys | changes).items()),
-        ]
+        keys = dict(prompt="a photo of mountains", num_inference_steps=2)
+        return command_line(tmp_path, tiny_base, keys | changes, *more)
 
     return make
 
@@ -55,22 +42,6 @@ def run(arguments, tmp_path):
         return tmp_path / "out" / changes.get("name", "run")
 
     return make
-
-
-def levels(path):
-    return np.asarray(Image.open(path).convert("RGB"), np.int16)
-
-
-def pictures_in(folder):
-    return [levels(path) for path in sorted(folder.glob("[0-9]*.png"))]
-
-
-def report_in(folder):
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-
-
-def distance(one, other):
-    return int(np.abs(one - other).max())
 
 
 # ---- pictures ----

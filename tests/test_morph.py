@@ -25,6 +25,7 @@ import morph
 from lorakit import endpoints, film, inversion, morph_plan, publish
 from lorakit.config import load_config, schema
 from lorakit.denoiser import Denoiser
+from lorakit.images import read_picture
 from lorakit.process import run_guarded
 from lorakit.runs import lock_run
 from morph import MorphConfig
@@ -102,7 +103,7 @@ def round_trips(cfg: MorphConfig) -> list[np.ndarray]:
 
     base = Base(inspect_base(cfg.pretrained_model_name_or_path))
     shape = cfg.width or base.info.resolution, cfg.height or base.info.resolution
-    pictures = [endpoints.read_picture(picture.path, shape) for picture in cfg.images]
+    pictures = [read_picture(picture.path, shape) for picture in cfg.images]
     latents = [endpoints.encode_picture(base, picture)[0] for picture in pictures]
     return [np.asarray(endpoints.decode_picture(base, each), np.int16) for each in latents]
 
@@ -751,7 +752,7 @@ def test_a_missing_lora_is_fitted_to_its_picture_first(morphed, guarded, picture
     assert config["n_epochs"] == 2 and config["rank"] == 2
     data = folder / "fit" / lora.stem
     assert json.loads((data / "metadata.jsonl").read_text())["text"] == images[0]["prompt"]
-    seen = endpoints.read_picture(images[0]["path"], (24, 16))
+    seen = read_picture(images[0]["path"], (24, 16))
     assert (pixels(data / "picture.png") == np.asarray(seen)).all()
     before = lora.stat().st_mtime_ns
     morphed(**options, fit_config=fit_config(tmp_path), name="again")

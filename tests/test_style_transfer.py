@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from galleries import ONE_LEVEL, command_line, distance, levels, pictures_in, report_in
 from PIL import Image
 
 import style_transfer
@@ -23,11 +24,10 @@ from lorakit.lora_file import lora_bytes
 from lorakit.models import Base
 from lorakit.process import run_guarded
 from lorakit.restyling import load_controlnet, restyle
-from lorakit.sampling import decode_pictures, encode_prompts, make_scheduler, picture_noise
+from lorakit.sampling import encode_prompts, make_scheduler, picture_noise
 from lorakit.sampling_config import CONFIG_CHUNK
 
 ROOT = Path(__file__).resolve().parents[1]
-ONE_LEVEL = 1
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +67,15 @@ def controlnets(base, tiny_unet, tmp_path_factory):
 @pytest.fixture
 def arguments(tiny_base, pictures, tmp_path):
     """Factory of the command line for one picture on the tiny base."""
-    config = tmp_path / "empty.json"
 
     def make(*more, **changes):
         keys = dict(
-            pretrained_model_name_or_path=str(tiny_base),
             image=str(pictures / "0.png"),
             prompt="an ink drawing of mountains",
             num_inference_steps=4,
             strength=0.5,
-            output_dir=str(tmp_path / "out"),
-            name="run",
         )
-        config.write_text("{}")  # instead of the default config
-        return [
-            str(config),
-            *more,
-            *(f"{key}={json.dumps(value)}" for key, value in (keys | changes).items()),
-        ]
+        return command_line(tmp_path, tiny_base, keys | changes, *more)
 
     return make
 
@@ -98,22 +89,6 @@ def run(arguments, tmp_path):
         return tmp_path / "out" / changes.get("name", "run")
 
     return make
-
-
-def levels(path):
-    return np.asarray(Image.open(path).convert("RGB"), np.int16)
-
-
-def pictures_in(folder):
-    return [levels(path) for path in sorted(folder.glob("[0-9]*.png"))]
-
-
-def report_in(folder):
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-
-
-def distance(one, other):
-    return int(np.abs(one - other).max())
 
 
 # ---- pictures in ----
@@ -217,7 +192,7 @@ def test_it_is_the_loop_of_the_paper_with_the_base_s_scheduler(base, picture, st
     for t in timesteps:
         eps_negative, eps_text = base.unet(torch.cat([x, x]), t, torch.stack([negative, text])).sample
         x = scheduler.step(eps_negative + 3.0 * (eps_text - eps_negative), t, x).prev_sample
-    wanted = np.asarray(decode_pictures(base, x)[0], np.int16)
+    wanted = np.asarray(base.decode_pictures(x)[0], np.int16)
     made = draw(base, picture, strength=strength, steps=steps, seeds=(9,))[0]
     assert distance(made, wanted) <= ONE_LEVEL
     assert distance(draw(base, picture, strength=strength, steps=steps, seeds=(8,))[0], wanted) > ONE_LEVEL
@@ -225,7 +200,7 @@ def test_it_is_the_loop_of_the_paper_with_the_base_s_scheduler(base, picture, st
 
 def test_the_more_strength_the_less_is_kept_and_the_least_keeps_the_vae_s_round_trip(base, picture):
     image = torch.from_numpy(to_array(picture))[None]
-    trip = decode_pictures(base, base.encode(image).chunk(2, dim=1)[0] * base.scaling_factor)[0]
+    trip = base.decode_pictures(base.encode(image).chunk(2, dim=1)[0] * base.scaling_factor)[0]
     kept = []
     for strength in (0.1, 0.3, 0.5, 0.8, 1.0):
         made = draw(base, picture, strength=strength, steps=10, seeds=(0, 1))
@@ -236,7 +211,7 @@ def test_the_more_strength_the_less_is_kept_and_the_least_keeps_the_vae_s_round_
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler", "euler_a", "heun", "unipc", "pndm", "lcm"])
 def test_every_sampler_starts_from_the_picture(base, picture, scheduler):
     image = torch.from_numpy(to_array(picture))[None]
-    trip = decode_pictures(base, base.encode(image).chunk(2, dim=1)[0] * base.scaling_factor)[0]
+    trip = base.decode_pictures(base.encode(image).chunk(2, dim=1)[0] * base.scaling_factor)[0]
     near, far = (
         Image.fromarray(draw(base, picture, strength=s, steps=10, scheduler=scheduler)[0].astype(np.uint8))
         for s in (0.1, 0.9)

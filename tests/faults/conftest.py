@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Result, Server, settings_of
+from harness import ROOT, Result, Server
+from small import settings_of
 
 from lorakit.process import run_guarded
 

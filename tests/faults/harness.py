@@ -130,10 +130,5 @@ def litter(folder: Path) -> list[Path]:
     return [path for path, name in names if OWN_NAME.fullmatch(name) or name.endswith(".tmp")]
 
 
-def settings_of(**values: object) -> list[str]:
-    """`key=value` for the command line."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
 if __name__ == "__main__":
     serve()

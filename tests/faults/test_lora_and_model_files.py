@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soak
-from harness import ROOT, assert_refused, settings_of, sha, snapshot
+from harness import ROOT, assert_refused, sha, snapshot
+from small import settings_of
 
 from lorakit.errors import UserError
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import soak
-from harness import ROOT, assert_refused, litter, settings_of, sha, snapshot
+from harness import ROOT, assert_refused, litter, sha, snapshot
+from small import settings_of
 
 from lorakit.config import load_config
 from lorakit.errors import UserError

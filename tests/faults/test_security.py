@@ -23,8 +23,9 @@ from typing import Any
 
 import pytest
 import soak
-from harness import ROOT, settings_of
+from harness import ROOT
 from PIL import Image, ImageFile
+from small import settings_of
 
 from lorakit.captions import DataError
 from lorakit.folder import read_folder

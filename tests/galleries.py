@@ -1,0 +1,37 @@
+"""What the tests of the sampling scripts share: a command line, and a look at what came of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from small import settings_of
+
+ONE_LEVEL = 1
+"""Of 255: what rounding may change where only the batch differs."""
+
+
+def command_line(folder: Path, base: Path, keys: Mapping[str, Any], *more: str) -> list[str]:
+    """Of a run into `folder`/out/run; an empty config stands for the script's default one."""
+    config = folder / "empty.json"
+    config.write_text("{}")
+    common = dict(pretrained_model_name_or_path=str(base), output_dir=str(folder / "out"), name="run")
+    return [str(config), *more, *settings_of(**(common | dict(keys)))]
+
+
+def levels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), np.int16)
+
+
+def pictures_in(folder: Path) -> list[np.ndarray]:
+    return [levels(path) for path in sorted(folder.glob("[0-9]*.png"))]
+
+
+def report_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one - other).max())
