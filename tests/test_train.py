@@ -665,38 +665,47 @@ def test_a_launcher_that_dies_takes_the_training_with_it(settings, tmp_path):
     assert list(run.glob("checkpoint-*")) and not (run / ".lock.json").exists()
 
 
+def train_quietly(arguments: list[str]) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2)
+    sys.exit(train_lora.main(arguments))
+
+
 @pytest.mark.slow
 def test_kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run(trained, settings, tmp_path):
-    """Children are forked from this process, which has imported everything, so that a start takes a blink."""
+    """Children are forked from a server that has imported the libraries and runs no thread of its own."""
     import random
+    from multiprocessing import get_context
 
     options = dict(max_train_steps=480, checkpointing_steps=3, validation_steps=40)
     straight = trained(output_dir=str(tmp_path / "straight"), **options)
     arguments = [*settings(**options), "resume_from_checkpoint=latest"]
     rng, run = random.Random(0), tmp_path / "ckpt/run"
     log = run / "metrics.jsonl"
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["torch", "accelerate", "peft", "diffusers.models", "transformers"])
 
     def steps_done() -> int:
         return len(log.read_bytes().splitlines()) if log.exists() else 0
 
-    def child() -> int:
-        pid = os.fork()
-        if pid == 0:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1), os.dup2(null, 2)
-            os._exit(train_lora.main(arguments))
-        return pid
+    def child():
+        process = server.Process(target=train_quietly, args=(arguments,))
+        process.start()
+        return process
 
     for _ in range(20):
-        target, pid = steps_done() + rng.randint(0, 20), child()
+        target, process = steps_done() + rng.randint(0, 20), child()
         while steps_done() < target:
-            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child ended before it was killed"
+            assert process.is_alive(), "the child ended before it was killed"
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.03))
-        os.kill(pid, signal.SIGKILL)
-        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert steps_done() < 480
-    assert os.waitpid(child(), 0)[1] == 0
+    process = child()
+    process.join()
+    assert process.exitcode == 0
     assert sha(tmp_path / "ckpt/run.safetensors") == sha(straight)
     assert not list(run.glob(".tmp-*"))
 
