@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit.base import inspect_base
 from lorakit.edges import canny, edge_f1, hint_picture
-from lorakit.images import crop, load_image, resize_to_cover
+from lorakit.images import read_picture
 from lorakit.inversion import invert, sample
 from lorakit.lora import load_lora
 from lorakit.models import Base
@@ -84,7 +84,7 @@ def photographs(size: int) -> tuple[Tensor, list[str]]:
     """The mountain pair of the demo, whole, and their captions."""
     images, captions = [], []
     for name in HELD_OUT_PHOTOGRAPHS:
-        image = crop(resize_to_cover(load_image(ROOT / name), size, size), size, size)
+        image = read_picture(ROOT / name, (size, size))
         images.append(np.asarray(image))
         line = (ROOT / name).with_name("metadata.jsonl").read_text(encoding="utf-8").splitlines()[0]
         captions.append(json.loads(line)["text"])
@@ -95,7 +95,7 @@ def photographs(size: int) -> tuple[Tensor, list[str]]:
 def inversion_psnr(base: Base, images: Tensor, captions: list[str], steps: int = 50) -> Tensor:
     """Of DDIM inversion and reconstruction at guidance 1, against the VAE round trip, dB (B,)."""
     embeds = embed(base.text_encoder, base.tokenizer, captions)
-    latents = base.encode(images).chunk(2, dim=1)[0] * base.scaling_factor
+    latents = base.mean_latents(images)
     grid = base.noise_schedule().grid(steps)
 
     def predict(x: Tensor, timestep: int) -> Tensor:

@@ -7,6 +7,7 @@ Randomness has no state (lorakit.randomness), so a resumed run takes the steps t
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
@@ -14,8 +15,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from lorakit.errors import DivergedError, UserError
+from lorakit.errors import DivergedError, StoppedError, UserError
 from lorakit.optimizer_state import pack_optimizer, unpack_optimizer
+from lorakit.process import StopFlag
 from lorakit.publish import publish_file
 from lorakit.runs import MetricsFile, claim_run, find_resume, lock_run, prune_checkpoints, publish_checkpoint
 from lorakit.tensors import read_tensors, serialize
@@ -35,22 +37,6 @@ def set_up(cfg: RunConfig) -> torch.device:
 
 def autocast(cfg: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16")
-
-
-@contextlib.contextmanager
-def open_run(cfg: RunConfig) -> Iterator[tuple[Path, Path | None, MetricsFile]]:
-    """Own the run folder; yield it, the checkpoint to resume from, and its metrics."""
-    run = Path(cfg.output_dir) / cfg.ckpt_name
-    with lock_run(run):
-        claim_run(run, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite)
-        resume, notes = find_resume(run, cfg.resume_from_checkpoint)
-        if resume is not None:
-            _check_config(cfg, resume)
-            notes.append(f"resuming from {resume}")
-        publish_file(run / "config.json", (json.dumps(cfg.model_dump(mode="json"), indent=2) + "\n").encode())
-        for note in notes:
-            print(f"note        {note}", flush=True)
-        yield run, resume, MetricsFile(run / "metrics.jsonl")
 
 
 def _check_config(cfg: RunConfig, resume: Path) -> None:
@@ -171,3 +157,75 @@ def take_step(cfg: RunConfig, optimizer: torch.optim.Optimizer, loss: torch.Tens
         raise DivergedError(f"step {step}: the gradient is not finite; lower learning_rate")
     optimizer.step()
     return float(norm)
+
+
+class Training:
+    """The steps of a run: taken, logged, saved, and ended in order by a signal.
+
+    A pass of `for step in training.steps()` calls `take` once; the checkpoint comes at the end of the pass,
+    when all has been done that `is_validation` asks for.
+    """
+
+    def __init__(self, cfg: RunConfig, models: Mapping[str, nn.Module], hint: str):
+        self.cfg, self.hint = cfg, hint
+        self.optimizer, self.average = make_optimizer(cfg, models), Average(models, cfg.ema_decay)
+        self.run = Path(cfg.output_dir) / cfg.ckpt_name
+        self.metrics = MetricsFile(self.run / "metrics.jsonl")
+        self.done, self._total, self._stack = 0, 0.0, contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator["Training"]:
+        """Own the run folder, and be where its newest checkpoint is if the config resumes."""
+        cfg = self.cfg
+        with lock_run(self.run), self._stack:
+            claim_run(self.run, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite)
+            resume, notes = find_resume(self.run, cfg.resume_from_checkpoint)
+            if resume is not None:
+                _check_config(cfg, resume)
+                notes.append(f"resuming from {resume}")
+            written = json.dumps(cfg.model_dump(mode="json"), indent=2) + "\n"
+            publish_file(self.run / "config.json", written.encode())
+            for note in notes:
+                print(f"note        {note}", flush=True)
+            if resume is not None:
+                self.done = restore(resume, self.average, self.optimizer)
+            self.metrics.truncate_after(self.done)
+            yield self
+
+    def steps(self) -> Iterator[int]:
+        """0, 1, … without those that are done. Before the first, a signal ends the process: nothing is lost.
+
+        Raises:
+            StoppedError: a signal came; a checkpoint was published.
+        """
+        cfg, self._started, self._first = self.cfg, time.monotonic(), self.done
+        stop = self._stack.enter_context(StopFlag())
+        while self.done < cfg.max_train_steps:
+            yield self.done
+            last = self.done == cfg.max_train_steps
+            if self.done % cfg.checkpointing_steps == 0 or last or stop.poll():
+                save(self.run, self.done, cfg, self.average, self.optimizer)
+            if stop.signum and not last:
+                at = f"at step {self.done} of {cfg.max_train_steps}"
+                raise StoppedError(f"{at}; continue with: {self.hint}", stop.signum)
+
+    def take(self, loss: torch.Tensor, **figures: float) -> None:
+        """One update, and a line of the log where one is due, with `figures` besides.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite.
+        """
+        cfg, norm = self.cfg, take_step(self.cfg, self.optimizer, loss, self.done)
+        self.average.update(self.done)
+        self.done, self._total = self.done + 1, self._total + float(loss.detach())
+        if self.done % cfg.logging_steps == 0:
+            rate = (self.done - self._first) * cfg.batch_size / (time.monotonic() - self._started)
+            mean, self._total = self._total / cfg.logging_steps, 0.0
+            record = {"step": self.done, "loss": mean, **figures, "grad_norm": norm}
+            self.metrics.append(record | {"pictures_per_second": rate})
+            print(f"step {self.done:7d}  loss {mean:.4f}  {rate:.1f} pictures/s", flush=True)
+
+    @property
+    def is_validation(self) -> bool:
+        """Whether the step that was just taken is one after which to look at the average."""
+        return self.done % self.cfg.validation_steps == 0 or self.done == self.cfg.max_train_steps

@@ -1,11 +1,15 @@
 """Keys that every training of the miniature has. No torch here, so that help and faults answer at once."""
 
 import shlex
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from lorakit.config import Config
+from lorakit.config import Config, parse_command
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class RunConfig(Config):
@@ -56,6 +60,7 @@ class RunConfig(Config):
 
 # What may differ when a run is resumed; the rest would make another run of it.
 FREE = {
+    "batch_size",
     "checkpointing_steps",
     "ckpt_name",
     "device",
@@ -70,7 +75,20 @@ FREE = {
 }
 
 
-def resume_hint(script: str, argv: list[str]) -> str:
-    """The command that continues a stopped run."""
+C = TypeVar("C", bound=RunConfig)
+
+
+def run_script(
+    config: type[C], train: Callable[[C, str], Path], argv: list[str], script: str, description: str
+) -> int:
+    """A stage's command line; `train` gets its config and the command that goes on if a signal stops it."""
+    default = ROOT / f"miniature/cfg/{script.removeprefix('train_')}.json"
+    command = parse_command(
+        config, argv, prog=f"{script}.py", description=description, default_config=str(default)
+    )
+    if "check" in command.flags:
+        return 0
     kept = [a for a in argv if not a.startswith(("resume_from_checkpoint=", "overwrite="))]
-    return shlex.join(["python", f"miniature/{script}", *kept, "resume_from_checkpoint=latest"])
+    again = shlex.join(["python", f"miniature/{script}.py", *kept, "resume_from_checkpoint=latest"])
+    print(f"wrote       {train(command.config, again)}")
+    return 0

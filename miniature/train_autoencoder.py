@@ -7,20 +7,16 @@ Renders what it lacks into <output_dir>/pictures-*; reads miniature/photos. Writ
 <output_dir>/<ckpt_name>/ with checkpoints and metrics, and at its end <run folder>/vae, a diffusers folder.
 """
 
-import contextlib
 import sys
-import time
 from pathlib import Path
 
 from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.config import parse_command
-from lorakit.errors import StoppedError
-from lorakit.process import StopFlag, run_guarded
+from lorakit.process import run_guarded
 from lorakit.randomness import generator
-from miniature.settings import RunConfig, resume_hint
+from miniature.settings import RunConfig, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,18 +77,12 @@ def train(cfg: AutoencoderConfig, hint: str) -> Path:
         cfg.picture_size,
         cfg.seed,
     ).to(device)
-    models = {"vae": vae}
-    optimizer, average = runs.make_optimizer(cfg, models), runs.Average(models, cfg.ema_decay)
-    with runs.open_run(cfg) as (run, resume, metrics), contextlib.ExitStack() as stack:
-        step = runs.restore(resume, average, optimizer) if resume else 0
-        metrics.truncate_after(step)
+    with runs.Training(cfg, {"vae": vae}, hint).opened() as training:
         table = Table(cfg.seed, cfg.pictures, BASE_STYLES * 3 + HELD_OUT_STYLES, cfg.picture_size)
         shares = (cfg.photograph_share, cfg.leaves_share)
         crops = ae.Crops(table, Path(cfg.output_dir), cfg.render_workers, cfg.crop, cfg.seed, shares)
         judged = ae.held_out_pictures(cfg.picture_size, 8, ROOT)
-        stop = stack.enter_context(StopFlag())  # until here a signal may end the process: nothing is lost
-        started, first, total = time.monotonic(), step, 0.0
-        while step < cfg.max_train_steps:
+        for step in training.steps():
             image = crops.batch(step, cfg.batch_size).to(device)  # (B, 3, crop, crop)
             source = generator(cfg.seed, "posterior", step)
             with runs.autocast(cfg, device):
@@ -103,46 +93,23 @@ def train(cfg: AutoencoderConfig, hint: str) -> Path:
             kl = ae.kl_divergence(mean, logvar)
             loss = ae.reconstruction_loss(image, rebuilt, cfg.gradient_weight, cfg.squared_weight)
             loss = loss + cfg.kl_weight * kl
-            norm = runs.take_step(cfg, optimizer, loss, step)
-            average.update(step)
-            step, total = step + 1, total + float(loss.detach())
-            last = step == cfg.max_train_steps
-            if step % cfg.logging_steps == 0:
-                rate = (step - first) * cfg.batch_size / (time.monotonic() - started)
-                mean_loss, total = total / cfg.logging_steps, 0.0
-                record = {"step": step, "loss": mean_loss, "kl": float(kl.detach()), "grad_norm": norm}
-                metrics.append(record | {"pictures_per_second": rate})
-                print(f"step {step:7d}  loss {mean_loss:.4f}  {rate:.1f} pictures/s", flush=True)
-            if step % cfg.validation_steps == 0 or last:
-                with average.applied():
+            training.take(loss, kl=float(kl.detach()))
+            if training.is_validation:
+                with training.average.applied():
                     figures = ae.judge(vae, judged)
-                metrics.append({"step": step, "psnr": figures})
-                print(f"step {step:7d}  " + "  ".join(f"{k} {v:.1f}" for k, v in figures.items()), flush=True)
-            if step % cfg.checkpointing_steps == 0 or last or stop.poll():
-                runs.save(run, step, cfg, average, optimizer)
-            if stop.signum and not last:
-                raise StoppedError(
-                    f"at step {step} of {cfg.max_train_steps}; continue with: {hint}", stop.signum
-                )
-        with average.applied():
+                training.metrics.append({"step": training.done, "psnr": figures})
+                told = "  ".join(f"{kind} {value:.1f}" for kind, value in figures.items())
+                print(f"step {training.done:7d}  {told}", flush=True)
+        with training.average.applied():
             images = torch.cat([judged[style] for style in BASE_STYLES])
             vae.register_to_config(scaling_factor=ae.latent_scale(vae, images))
-            save_part(run / "vae", vae, torch.float16)  # the values that every later stage encodes with
-    return run / "vae"
+            save_part(training.run / "vae", vae, torch.float16)  # what every later stage encodes with
+    return training.run / "vae"
 
 
 def main(argv: list[str]) -> int:
-    command = parse_command(
-        AutoencoderConfig,
-        argv,
-        prog="train_autoencoder.py",
-        description="Train the miniature's autoencoder from nothing.",
-        default_config=str(ROOT / "miniature/cfg/autoencoder.json"),
-    )
-    if "check" in command.flags:
-        return 0
-    print(f"wrote       {train(command.config, resume_hint('train_autoencoder.py', argv))}")
-    return 0
+    purpose = "Train the miniature's autoencoder from nothing."
+    return run_script(AutoencoderConfig, train, argv, "train_autoencoder", purpose)
 
 
 if __name__ == "__main__":

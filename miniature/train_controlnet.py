@@ -8,21 +8,15 @@ Writes the run folder <output_dir>/<ckpt_name>/, and at its end <run folder>/con
 thresholds of the edges are drawn anew for each sample, so that hints of any detail are obeyed.
 """
 
-import contextlib
 import sys
-import time
 from pathlib import Path
 
 from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.config import parse_command
-from lorakit.errors import StoppedError
-from lorakit.process import StopFlag, run_guarded
-from miniature.settings import RunConfig, resume_hint
-
-ROOT = Path(__file__).resolve().parents[1]
+from lorakit.process import run_guarded
+from miniature.settings import RunConfig, run_script
 
 
 class ControlNetConfig(RunConfig):
@@ -73,17 +67,12 @@ def train(cfg: ControlNetConfig, hint: str) -> Path:
     base = Base(inspect_base(cfg.base), device)
     controlnet = make_controlnet(base.unet, cfg.hint_channels, cfg.seed).to(device)
     models = {"controlnet": controlnet}
-    optimizer, average = runs.make_optimizer(cfg, models), runs.Average(models, cfg.ema_decay)
-    with runs.open_run(cfg) as (run, resume, metrics), contextlib.ExitStack() as stack:
-        step = runs.restore(resume, average, optimizer) if resume else 0
-        metrics.truncate_after(step)
+    with runs.Training(cfg, models, hint).opened() as training:
         table, cache = base_table(cfg.seed, cfg.pictures, cfg.picture_size), Path(cfg.output_dir)
         latents = diffusion.cached_latents(base.vae, table, cache, cfg.render_workers, device)
         samples = Samples(latents, diffusion.caption_ids(base.tokenizer, table), base.tokenizer, cfg)
         hints = Hints(rendered(table, cache, cfg.render_workers), cfg.seed)
-        stop = stack.enter_context(StopFlag())  # until here a signal may end the process: nothing is lost
-        started, first, total = time.monotonic(), step, 0.0
-        while step < cfg.max_train_steps:
+        for step in training.steps():
             x_0, ids, timesteps, eps = samples.batch(step, cfg.batch_size, device)
             edges = hints.batch(step, *samples.rows(step, cfg.batch_size)).to(device)  # (B, 3, H, W)
             x_t = samples.schedule.add_noise(x_0, eps, timesteps)  # (B, C, h, w)
@@ -103,40 +92,15 @@ def train(cfg: ControlNetConfig, hint: str) -> Path:
                 ).sample
             weight = min_snr_weight(samples.schedule.snr(timesteps), cfg.snr_gamma, "epsilon").to(x_t)
             loss = (((prediction.float() - eps) ** 2).mean(dim=(1, 2, 3)) * weight).mean()
-            norm = runs.take_step(cfg, optimizer, loss, step)
-            average.update(step)
-            step, total = step + 1, total + float(loss.detach())
-            last = step == cfg.max_train_steps
-            if step % cfg.logging_steps == 0:
-                rate = (step - first) * cfg.batch_size / (time.monotonic() - started)
-                mean_loss, total = total / cfg.logging_steps, 0.0
-                metrics.append(
-                    {"step": step, "loss": mean_loss, "grad_norm": norm, "pictures_per_second": rate}
-                )
-                print(f"step {step:7d}  loss {mean_loss:.4f}  {rate:.1f} pictures/s", flush=True)
-            if step % cfg.checkpointing_steps == 0 or last or stop.poll():
-                runs.save(run, step, cfg, average, optimizer)
-            if stop.signum and not last:
-                raise StoppedError(
-                    f"at step {step} of {cfg.max_train_steps}; go on with: {hint}", stop.signum
-                )
-        with average.applied():
-            save_part(run / "controlnet", controlnet, torch.float16)
-    return run / "controlnet"
+            training.take(loss)
+        with training.average.applied():
+            save_part(training.run / "controlnet", controlnet, torch.float16)
+    return training.run / "controlnet"
 
 
 def main(argv: list[str]) -> int:
-    command = parse_command(
-        ControlNetConfig,
-        argv,
-        prog="train_controlnet.py",
-        description="Train the miniature's ControlNet for Canny edges.",
-        default_config=str(ROOT / "miniature/cfg/controlnet.json"),
-    )
-    if "check" in command.flags:
-        return 0
-    print(f"wrote       {train(command.config, resume_hint('train_controlnet.py', argv))}")
-    return 0
+    purpose = "Train the miniature's ControlNet for Canny edges."
+    return run_script(ControlNetConfig, train, argv, "train_controlnet", purpose)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,15 @@ whole diffusers folder. Loss: min-SNR-5 weighted error of eps (Hang et al. 2023)
 for classifier-free guidance (Ho & Salimans 2022).
 """
 
-import contextlib
 import sys
-import time
 from pathlib import Path
 
 from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.config import parse_command
-from lorakit.errors import StoppedError
-from lorakit.process import StopFlag, run_guarded
-from miniature.settings import RunConfig, resume_hint
-
-ROOT = Path(__file__).resolve().parents[1]
+from lorakit.process import run_guarded
+from miniature.settings import RunConfig, run_script
 
 
 class TextToImageConfig(RunConfig):
@@ -82,16 +76,11 @@ def train(cfg: TextToImageConfig, hint: str) -> Path:
         cfg.block_out_channels, cfg.layers_per_block, channels, side, cfg.text_width, cfg.seed
     ).to(device)
     models = {"unet": unet, "text_encoder": text_encoder}
-    optimizer, average = runs.make_optimizer(cfg, models), runs.Average(models, cfg.ema_decay)
-    with runs.open_run(cfg) as (run, resume, metrics), contextlib.ExitStack() as stack:
-        step = runs.restore(resume, average, optimizer) if resume else 0
-        metrics.truncate_after(step)
+    with runs.Training(cfg, models, hint).opened() as training:
         table, cache = base_table(cfg.seed, cfg.pictures, cfg.picture_size), Path(cfg.output_dir)
         latents = diffusion.cached_latents(vae, table, cache, cfg.render_workers, device)
         samples = Samples(latents, diffusion.caption_ids(tokenizer, table), tokenizer, cfg)
-        stop = stack.enter_context(StopFlag())  # until here a signal may end the process: nothing is lost
-        started, first, total = time.monotonic(), step, 0.0
-        while step < cfg.max_train_steps:
+        for step in training.steps():
             x_0, ids, timesteps, eps = samples.batch(step, cfg.batch_size, device)
             x_t = samples.schedule.add_noise(x_0, eps, timesteps)  # (B, C, h, w)
             with runs.autocast(cfg, device):
@@ -99,52 +88,27 @@ def train(cfg: TextToImageConfig, hint: str) -> Path:
                 prediction = unet(x_t, timesteps.to(device), encoder_hidden_states=embeds).sample
             weight = min_snr_weight(samples.schedule.snr(timesteps), cfg.snr_gamma, "epsilon").to(x_t)
             loss = (((prediction.float() - eps) ** 2).mean(dim=(1, 2, 3)) * weight).mean()
-            norm = runs.take_step(cfg, optimizer, loss, step)
-            average.update(step)
-            step, total = step + 1, total + float(loss.detach())
-            last = step == cfg.max_train_steps
-            if step % cfg.logging_steps == 0:
-                rate = (step - first) * cfg.batch_size / (time.monotonic() - started)
-                mean_loss, total = total / cfg.logging_steps, 0.0
-                metrics.append(
-                    {"step": step, "loss": mean_loss, "grad_norm": norm, "pictures_per_second": rate}
-                )
-                print(f"step {step:7d}  loss {mean_loss:.4f}  {rate:.1f} pictures/s", flush=True)
-            if step % cfg.validation_steps == 0 or last:
-                with average.applied():
+            training.take(loss)
+            if training.is_validation:
+                with training.average.applied():
                     options = {
                         "steps": cfg.sample_inference_steps,
                         "guidance_scale": cfg.sample_guidance_scale,
                     }
                     draw_samples(
-                        run / "samples" / f"{step:08d}.png",
+                        training.run / "samples" / f"{training.done:08d}.png",
                         (vae, unet, text_encoder, tokenizer),
                         prompts_to_watch(),
                         **options,
                     )
-            if step % cfg.checkpointing_steps == 0 or last or stop.poll():
-                runs.save(run, step, cfg, average, optimizer)
-            if stop.signum and not last:
-                raise StoppedError(
-                    f"at step {step} of {cfg.max_train_steps}; continue with: {hint}", stop.signum
-                )
-        with average.applied():
-            save_base(run / "base", vae, unet, text_encoder, tokenizer, torch.float16)
-    return run / "base"
+        with training.average.applied():
+            save_base(training.run / "base", vae, unet, text_encoder, tokenizer, torch.float16)
+    return training.run / "base"
 
 
 def main(argv: list[str]) -> int:
-    command = parse_command(
-        TextToImageConfig,
-        argv,
-        prog="train_text_to_image.py",
-        description="Train the miniature's U-Net and text encoder from noise.",
-        default_config=str(ROOT / "miniature/cfg/text_to_image.json"),
-    )
-    if "check" in command.flags:
-        return 0
-    print(f"wrote       {train(command.config, resume_hint('train_text_to_image.py', argv))}")
-    return 0
+    purpose = "Train the miniature's U-Net and text encoder from noise."
+    return run_script(TextToImageConfig, train, argv, "train_text_to_image", purpose)
 
 
 if __name__ == "__main__":
