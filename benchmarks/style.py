@@ -106,6 +106,10 @@ def main() -> None:
         prepare(options.memory_of, options.base)()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
+    memory = {}  # first: a child's peak begins at what its parent holds
+    for way in WAYS:
+        command = [sys.executable, __file__, "--memory-of", way, "--base", options.base]
+        memory[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     runs = {way: prepare(way, options.base) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(options.rounds + 1):
@@ -116,10 +120,8 @@ def main() -> None:
                 seconds[way].append((time.perf_counter() - start) / PICTURES)
     report = {}
     for way, label in WAYS.items():
-        command = [sys.executable, __file__, "--memory-of", way, "--base", options.base]
-        memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        report[way] = {"seconds": median(seconds[way]), "peak_mb": memory}
-        print(f"{label:40}{report[way]['seconds']:8.3f} s a picture{memory:9.0f} MB")
+        report[way] = {"seconds": median(seconds[way]), "peak_mb": memory[way]}
+        print(f"{label:40}{report[way]['seconds']:8.3f} s a picture{memory[way]:9.0f} MB")
     cost = report["live"]["seconds"] / report["merged"]["seconds"]
     gain = report["single"]["seconds"] / report["batched"]["seconds"]
     print(f"a live LoRA costs {cost:.2f} times a merged one; one by one {gain:.2f} times a batch of 4")
