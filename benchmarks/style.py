@@ -109,7 +109,8 @@ def main() -> None:
     memory = {}  # first: a child's peak begins at what its parent holds
     for way in WAYS:
         command = [sys.executable, __file__, "--memory-of", way, "--base", options.base]
-        memory[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        memory[way] = float(told.split()[-1])
     runs = {way: prepare(way, options.base) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(options.rounds + 1):
