@@ -1,8 +1,14 @@
-"""What tests run on: a Stable Diffusion of a few thousand weights, a few small pictures, a short training."""
+"""What tests run on: a small Stable Diffusion, small pictures, a short training, a disk that fills up."""
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +31,21 @@ SHORT_RUN: dict[str, Any] = dict(
 def settings_of(**values: object) -> list[str]:
     """`key=value` for the command line."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def full_disk(monkeypatch: "pytest.MonkeyPatch", at: int) -> Callable[[], int]:
+    """From here on the at-th fsync finds the disk full; returns how many there were."""
+    count, real = 0, os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return lambda: count
 
 
 def tiny_unet(seed: int = 0, **overrides: Any) -> Any:

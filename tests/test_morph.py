@@ -1,6 +1,5 @@
 """morph.py as its user sees it: films, faults with a remedy, kills that cost little."""
 
-import errno
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small import full_disk
 
 import morph
 from lorakit import endpoints, film, inversion, morph_plan, publish
@@ -542,21 +542,12 @@ def test_a_disk_that_fills_up_at_any_write_keeps_what_is_finished(
 ):
     options = {"loras": NONE, "frames": 4, "formats": ["gif"]}
     straight, _ = morphed(**options, name="straight", cache_dir=str(tmp_path / "other"))
-    real, at, count = os.fsync, 0, 0
-
-    def failing(descriptor):
-        nonlocal count
-        count += 1
-        if count == at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", failing)
     monkeypatch.setattr(film, "SAVE_SECONDS", 0.05)
     folder, codes, finished = tmp_path / "out/film", [], {}
     while not codes or codes[-1]:
-        at, count = at + 1, 0
-        result = guarded(morph_settings(**options))
+        with monkeypatch.context() as planted:
+            full_disk(planted, len(codes) + 1)
+            result = guarded(morph_settings(**options))
         codes.append(result[0])
         if result[0]:
             assert_one_message(result, 4, "No space left on device", "space")

@@ -4,7 +4,6 @@ Processes are forked from this one, which has imported everything, so that a sta
 random points are in tests/test_train.py, test_morph.py and test_runs.py, in the hundreds in tests/soak.py.
 """
 
-import errno
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import soak
 from harness import ROOT, assert_refused, litter, sha, snapshot
-from small import settings_of
+from small import full_disk, settings_of
 
 from lorakit.config import load_config
 from lorakit.errors import UserError
@@ -473,21 +472,6 @@ def test_l8_every_key_that_changed_is_refused_or_applied_and_said_or_free(train,
 
 
 # ---- L4 and L11: disks ----
-
-
-def full_disk(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], int]:
-    """From here on the at-th fsync finds the disk full; returns how many there were."""
-    count, real = 0, os.fsync
-
-    def fsync(descriptor: int) -> None:
-        nonlocal count
-        count += 1
-        if count == at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    return lambda: count
 
 
 def test_l4_a_disk_that_fills_at_any_write_of_a_mix_keeps_the_earlier_lora(
