@@ -71,7 +71,8 @@ class SharedAttention:
 
     @contextmanager
     def record(self, halves: int = 1, more: bool = False) -> Iterator[None]:
-        """The rows of the forward pass inside are those that frames look at, until the next record.
+        """The rows of the forward pass inside are those that frames look at, until the next record; inside
+        `use` as well, those of each half that come before the frames.
 
         Args:
             halves: 2 for a batch of a negative and a positive half.
@@ -85,7 +86,7 @@ class SharedAttention:
 
     @contextmanager
     def use(self, between: Between) -> Iterator[None]:
-        """The rows of the forward pass inside look at recorded rows."""
+        """The rows of the forward pass inside look at recorded rows; in `record` the last of each half."""
         self.between = between
         try:
             yield
@@ -128,21 +129,30 @@ class _Processor:
         def own() -> Pair:
             return heads(attn.to_k(hidden_states)), heads(attn.to_v(hidden_states))
 
-        q = heads(attn.to_q(hidden_states))
-        rows = self.shared.between
-        if rows is None:
+        q, shared = heads(attn.to_q(hidden_states)), self.shared
+        if shared.between is None:
             pair = own()
-            if self.shared.recording:
+            if shared.recording:
                 self._record(*pair)
             out = attend(q, *pair)
-        else:
-            assert self.recorded is not None, "no rows were recorded in this step"
-            keys, values = (x.flatten(0, 1) for x in self.recorded)
-            a, b = ((keys[at], values[at]) for at in (rows.left, rows.right))
-            alpha = rows.alpha.to(q).view(-1, 1, 1, 1)
-            out = self.shared.blend(q, own, a, b, alpha)
+        elif not shared.recording:
+            out = self._look(q, own, shared.between)
+        else:  # pictures first, then frames, in each half; LoRAs of all rows want all rows at once
+            k, v = own()
+            pictures = (len(q) - len(shared.between.alpha)) // shared.halves
+            halves = [x.unflatten(0, (shared.halves, -1)).tensor_split([pictures], 1) for x in (q, k, v)]
+            (q_a, q_b), (k_a, k_b), (v_a, v_b) = ([part.flatten(0, 1) for part in both] for both in halves)
+            self._record(k_a, v_a)
+            parts = attend(q_a, k_a, v_a), self._look(q_b, lambda: (k_b, v_b), shared.between)
+            out = torch.cat([x.unflatten(0, (shared.halves, -1)) for x in parts], dim=1).flatten(0, 1)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)  # (B, tokens, C)
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+    def _look(self, q: Tensor, own: Callable[[], Pair], between: Between) -> Tensor:
+        assert self.recorded is not None, "no rows were recorded in this step"
+        keys, values = (x.flatten(0, 1) for x in self.recorded)
+        a, b = ((keys[at], values[at]) for at in (between.left, between.right))
+        return self.shared.blend(q, own, a, b, between.alpha.to(q).view(-1, 1, 1, 1))
 
     def _record(self, keys: Tensor, values: Tensor) -> None:
         new = tuple(x.unflatten(0, (self.shared.halves, -1)) for x in (keys, values))

@@ -1,7 +1,7 @@
 """The U-Net as a function from noisy latents to their noise, with a prompt and LoRA weights for every row."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -77,8 +77,9 @@ class Denoiser:
         """The noise (B, C, h, w), in the dtype of `latents`.
 
         Args:
-            record: let later rows look at these, instead of those recorded before or beside them.
-            between: the recorded rows that each row looks at.
+            record: let rows look at these, instead of those recorded before or beside them.
+            between: the recorded rows that each row looks at; with `record`, that each of the last rows looks
+                at, and the rows before them are recorded.
         """
         guided = guidance_scale != 1.0
         embeds = torch.cat([rows.negative_embeds, rows.prompt_embeds]) if guided else rows.prompt_embeds
@@ -86,7 +87,8 @@ class Denoiser:
         inputs = torch.cat([latents, latents]) if guided else latents
         if between is not None and guided:  # the negative half looks at the negative half that was recorded
             assert self.shared is not None
-            half = self.shared.recorded_rows() // 2
+            half = 0 if record == "new" else self.shared.recorded_rows() // 2
+            half += len(latents) - len(between.left) if record != "no" else 0
             between = Between(
                 torch.cat([between.left, between.left + half]),
                 torch.cat([between.right, between.right + half]),
@@ -107,19 +109,29 @@ class Denoiser:
         if not self.single:
             with self._attention(record, halves, between), self.mixtures.use(weights.T):
                 return unet(inputs, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        each = len(inputs) // halves
+        looking = len(between.left) // halves if between is not None else 0
+        recorded = each - looking if record != "no" else 0
         outputs = []
         for i in range(len(inputs)):
-            at = slice(i, i + 1)
-            lies = between and Between(between.left[at], between.right[at], between.alpha[at])
-            attention = self._attention("more" if i and record == "new" else record, 1, lies)
+            at, (half, row) = slice(i, i + 1), divmod(i, each)
+            if row < recorded:
+                attention = self._attention("more" if i and record == "new" else record, 1, None)
+            elif between is not None:
+                k = half * looking + row - recorded
+                lies = Between(between.left[k : k + 1], between.right[k : k + 1], between.alpha[k : k + 1])
+                attention = self._attention("no", 1, lies)
+            else:
+                attention = self._attention("no", 1, None)
             with attention, self.mixtures.use(weights[at].T):
                 result = unet(inputs[at], timestep, encoder_hidden_states=embeds[at], return_dict=False)
             outputs.append(result[0])
         return torch.cat(outputs)
 
-    def _attention(self, record: str, halves: int, between: Between | None):
+    def _attention(self, record: str, halves: int, between: Between | None) -> ExitStack:
+        stack = ExitStack()
         if self.shared is not None and record != "no":
-            return self.shared.record(halves, more=record == "more")
+            stack.enter_context(self.shared.record(halves, more=record == "more"))
         if self.shared is not None and between is not None:
-            return self.shared.use(between)
-        return nullcontext()
+            stack.enter_context(self.shared.use(between))
+        return stack

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorakit.attention import Between
 from lorakit.chunks import Chunks
-from lorakit.denoiser import Denoiser, Rows
+from lorakit.denoiser import Denoiser, Rows, join_rows
 from lorakit.interpolate import adain, bezier, slerp
 from lorakit.schedule import Grid, ddim_step
 
@@ -100,34 +100,31 @@ def denoise(
     alpha = lies.alpha.to(state.frames).view(-1, 1, 1, 1)
     left, right = (1 - alpha) ** settings.residual_power, alpha**settings.residual_power
 
-    def step(i: int, latents: Tensor, under: Rows, **look: Any) -> Tensor:
-        noise = denoiser(latents, grid.timesteps[i], under, settings.guidance_scale, **look)
+    def step_rows(i: int, latents: Tensor, at: slice) -> Tensor:
+        look: dict[str, Any] = {}
+        if denoiser.shared is not None and i < settings.attention_share * len(grid):
+            if at.start < pictures:
+                look["record"] = "more" if at.start else "new"
+            inside = slice(max(at.start - pictures, 0), max(at.stop - pictures, 0))
+            if inside.start < inside.stop:
+                look["between"] = Between(lies.left[inside], lies.right[inside], lies.alpha[inside])
+        latents, g = latents[at], settings.guidance_scale
+        noise = denoiser(latents, grid.timesteps[i], everything[at], g, **look)
         return ddim_step(latents, noise, grid.alpha_bar[i], grid.alpha_bar[i + 1])
 
-    def step_ends(i: int, share: bool, latents: Tensor, at: slice) -> Tensor:
-        record = ("more" if at.start else "new") if share else "no"
-        return step(i, latents[at], ends.rows[at], record=record)
-
-    def step_frames(i: int, share: bool, latents: Tensor, at: slice) -> Tensor:
-        between = Between(lies.left[at], lies.right[at], lies.alpha[at]) if share else None
-        return step(i, latents[at], rows[at], between=between)
-
+    everything, pictures = join_rows([ends.rows, rows]), len(ends.rows)
     for i in range(state.step, len(grid)):
-        share = denoiser.shared is not None and i < settings.attention_share * len(grid)
-        end_latents, frames = state.ends, state.frames
+        latents = torch.cat([state.ends, state.frames])  # pictures first: frames look at them in this pass
         if denoiser.single:  # runs rows one by one, so that chunks would only mix up the recorded halves
-            stepped = step_ends(i, share, end_latents, slice(0, len(end_latents)))
+            latents = step_rows(i, latents, slice(0, len(latents)))
         else:
-            stepped = chunks.map(len(end_latents), partial(step_ends, i, share, end_latents))
-        moved = (stepped - end_latents).flatten(1).norm(dim=1)
+            latents = chunks.map(len(latents), partial(step_rows, i, latents))
+        stepped, frames = latents.tensor_split([pictures])
+        moved = (stepped - state.ends).flatten(1).norm(dim=1)
+        missed = torch.zeros_like(stepped)
         if settings.anchor:
-            missed = ends.trajectory[i + 1] - stepped
-            stepped = ends.trajectory[i + 1]
-        else:
-            missed = torch.zeros_like(stepped)
-        if len(frames):
-            frames = chunks.map(len(frames), partial(step_frames, i, share, frames))
-            frames = frames + left * missed[lies.left] + right * missed[lies.right]
+            missed, stepped = ends.trajectory[i + 1] - stepped, ends.trajectory[i + 1]
+        frames = frames + left * missed[lies.left] + right * missed[lies.right]
         ratio = missed.flatten(1).norm(dim=1) / moved.clamp_min(1e-12)
         ratio = state.residual_ratio.to(ratio) + (ratio - state.residual_ratio.to(ratio)) / (i + 1)
         state = State(i + 1, frames, stepped, ratio)

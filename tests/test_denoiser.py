@@ -136,6 +136,30 @@ def test_recording_in_chunks_equals_recording_at_once_under_guidance(adapted_une
     assert shared.recorded_rows() == 2
 
 
+@pytest.mark.parametrize("mode", ["kv", "fused_outer"])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_pictures_and_frames_in_one_pass_equal_pictures_first(adapted_unet, mode, use_dora, scale):
+    unet, _ = adapted_unet(use_dora=use_dora)
+    (latents, rows), (frames, under) = batch(3), batch(2, seed=4)
+    denoiser = Denoiser(unet, SCHEDULE, "ab", SharedAttention(unet, mode, EVERY))
+    lies = Between(torch.tensor([0, 2]), torch.tensor([1, 0]), torch.tensor([0.3, 0.6]))
+    first = denoiser(latents, 300, rows, scale, record="new")
+    apart = torch.cat([first, denoiser(frames, 300, under, scale, between=lies)])
+    every, all_rows = torch.cat([latents, frames]), join_rows([rows, under])
+    denoiser(frames, 300, under, scale, record="new")  # what was recorded before is forgotten
+    together = denoiser(every, 300, all_rows, scale, record="new", between=lies)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    if not use_dora:  # of which all rows come at once
+        denoiser(latents[:1], 300, rows[:1], scale, record="new")
+        rest = denoiser(every[1:], 300, all_rows[1:], scale, record="more", between=lies)
+        torch.testing.assert_close(rest, apart[1:], rtol=1e-4, atol=1e-4)
+    other = Between(lies.right, lies.left, lies.alpha)
+    swapped = denoiser(every, 300, all_rows, scale, record="new", between=other)
+    assert (swapped - apart)[3:].abs().max() > 1e-3
+    torch.testing.assert_close(swapped[:3], apart[:3], rtol=1e-4, atol=1e-4)
+
+
 def test_rows_are_cut_and_joined():
     _, rows = batch(5)
     joined = join_rows([rows[:2], rows[torch.tensor([2])], rows[3:]])
