@@ -150,7 +150,7 @@ def time_bare(args: argparse.Namespace) -> list[float]:
 
     accelerator, base, unet, optimizer, params = set_up(args)
     side, width = base.unet.config.sample_size, base.unet.config.cross_attention_dim
-    latents, noise = torch.randn(2, 1, 4, side, side, device=base.device)
+    latents, noise = torch.randn(2, 1, base.info.latent_channels, side, side, device=base.device)
     embeds = torch.randn(1, base.info.max_tokens, width, device=base.device)
     timestep = torch.tensor([500], device=base.device)
 
