@@ -1,4 +1,4 @@
-"""benchmarks/train.py: every way takes its steps on the embedded base, whatever the channels of its latents."""
+"""benchmarks/train.py: every way takes its steps on the embedded base, of any number of latent channels."""
 
 import json
 import subprocess
