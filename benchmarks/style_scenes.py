@@ -4,9 +4,9 @@
     python benchmarks/style_scenes.py                     # about ten minutes on two cores
 
 Forty scenes that nothing was trained on, drawn as photographs, are restyled by style_transfer.py and compared
-with the same scenes drawn in the style: by the weight of the LoRA, by the control scale, and with a LoRA of
-the same scenes and captions in styles at random. Prints a table, writes out/style_scenes/scenes.png, and
-prints one JSON line last.
+with the same scenes drawn in the style: by the weight of the LoRA, the control scale and the strength, and
+with a LoRA of the same scenes and captions in styles at random. Prints a table, writes
+out/style_scenes/scenes.png, and prints one JSON line last.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from miniature.landscapes import STYLES, Scene, render  # noqa: E402
 OUT = Path("out/style_scenes")
 STYLE, LORA = "an ink drawing", "ckpt/ink.safetensors"
 SCENE_SEED = 7_000_000  # far from the tables of all trainings
-WEIGHTS, SCALES = [0, 0.5, 1], [0, 0.5, 1]
+WEIGHTS, SCALES, STRENGTHS = [0, 0.5, 1], [0, 0.5, 1], [0.5, 0.7, 0.8]
 
 
 def draw(count: int) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -111,12 +111,14 @@ def main() -> None:
     judge = Judge(options.base, truths)
     by_weight = restyle("weights", LORA, weight=WEIGHTS)
     by_scale = restyle("scales", LORA, controlnet_conditioning_scale=SCALES)
+    by_strength = restyle("strengths", LORA, strength=STRENGTHS)
     shuffled = restyle("shuffled_lora", train_shuffled(), weight=[1])
 
     base = torch.tensor(judge.distances(inputs))
     rows: list[tuple[str, list[float], float]] = [("the input itself", base.tolist(), 1.0)]
     rows += [(f"LoRA at weight {w:g}", judge.distances(p), mean(f1)) for w, (p, f1) in by_weight.items()]
     rows += [(f"control scale {s:g}", judge.distances(p), mean(f1)) for s, (p, f1) in by_scale.items()]
+    rows += [(f"strength {s:g}", judge.distances(p), mean(f1)) for s, (p, f1) in by_strength.items()]
     rows += [("LoRA of shuffled styles", judge.distances(p), mean(f1)) for p, f1 in shuffled.values()]
     print(f"\n{'':26}{'distance to the truth':>22}{'closer than the input':>23}{'edge F1':>9}")
     report = {}
