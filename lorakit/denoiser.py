@@ -115,15 +115,13 @@ class Denoiser:
         outputs = []
         for i in range(len(inputs)):
             at, (half, row) = slice(i, i + 1), divmod(i, each)
+            recording, lies = "no", None
             if row < recorded:
-                attention = self._attention("more" if i and record == "new" else record, 1, None)
+                recording = "more" if i and record == "new" else record
             elif between is not None:
                 k = half * looking + row - recorded
                 lies = Between(between.left[k : k + 1], between.right[k : k + 1], between.alpha[k : k + 1])
-                attention = self._attention("no", 1, lies)
-            else:
-                attention = self._attention("no", 1, None)
-            with attention, self.mixtures.use(weights[at].T):
+            with self._attention(recording, 1, lies), self.mixtures.use(weights[at].T):
                 result = unet(inputs[at], timestep, encoder_hidden_states=embeds[at], return_dict=False)
             outputs.append(result[0])
         return torch.cat(outputs)
