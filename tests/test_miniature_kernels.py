@@ -26,13 +26,13 @@ def test_attention_is_float32_and_norm_keeps_its_layout_in_half_precision_alone(
         plain = attention_and_norm(x)
     ours, grads = [], []
     for context in (
-        runs.autocast(RunConfig(mixed_precision=precision), CPU),
+        runs.autocast(RunConfig.model_validate({"mixed_precision": precision}), CPU),
         torch.autocast("cpu", torch.bfloat16),
     ):
         leaf = x.clone().requires_grad_()
         with context:
             found = attention_and_norm(leaf)
-        sum((part.float() ** 2).sum() for part in found).backward()
+        torch.stack([part.float().square().sum() for part in found]).sum().backward()
         ours.append(found)
         grads.append(leaf.grad)
     attended, normed = ours[0]
