@@ -20,8 +20,10 @@ class RunConfig(Config):
     output_dir: str = Field("out/miniature", description="where run folders, rendered pictures and caches go")
     ckpt_name: str = Field("run", pattern=r"^[^/\\\x00]+$", description="name of the run folder")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU where there is one")
-    mixed_precision: Literal["no", "bf16"] = Field(
-        "bf16", description="dtype of the forward pass; weights are float32 always"
+    mixed_precision: Literal["auto", "no", "bf16"] = Field(
+        "auto",
+        description="dtype of the forward pass; weights are float32 always; auto: bf16 where the device has "
+        "units for it",
     )
     render_workers: int = Field(1, ge=1, le=256, description="processes that render pictures")
     batch_size: int = Field(16, ge=1, description="pictures per step")

@@ -43,3 +43,17 @@ def test_attention_is_float32_and_norm_keeps_its_layout_in_half_precision_alone(
         torch.testing.assert_close(attended, plain[0].float(), rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(normed.float(), plain[1].float(), rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(grads[0], grads[1], rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("has", ["amx_bf16", "avx512_bf16", None])
+def test_auto_is_bfloat16_where_the_cpu_has_units_for_it_and_what_is_said_holds(monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | ({has: True} if has else {}))
+    found = {}
+    for precision in ("auto", "bf16", "no"):
+        cfg = RunConfig.model_validate({"mixed_precision": precision})
+        with runs.autocast(cfg, CPU):
+            found[precision] = nn.Linear(4, 4)(torch.ones(1, 4)).dtype
+        optimizer = runs.make_optimizer(cfg, {"part": nn.Linear(4, 4)})
+        assert optimizer.dtype == found[precision]
+    auto = torch.bfloat16 if has else torch.float32
+    assert found == {"auto": auto, "bf16": torch.bfloat16, "no": torch.float32}
