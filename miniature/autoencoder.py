@@ -82,7 +82,13 @@ class Crops:
     """Training batches as a function of the step: renders, photographs and dead leaves in fixed shares."""
 
     def __init__(
-        self, table: Table, cache: Path, workers: int, crop: int, seed: int, shares: tuple[float, float]
+        self,
+        table: Table,
+        cache: Path,
+        workers: int | None,
+        crop: int,
+        seed: int,
+        shares: tuple[float, float],
     ):
         self.table, self.crop, self.seed, self.shares = table, crop, seed, shares
         self.parts = rendered(table, cache, workers)

@@ -55,7 +55,7 @@ def labels_of(scene: Scene, style: str) -> list[int]:
     return [known.index(words[name]) for name, known in HEADS.items()]
 
 
-def trained_classifier(cache: Path, pictures: int, steps: int, size: int, workers: int) -> Classifier:
+def trained_classifier(cache: Path, pictures: int, steps: int, size: int, workers: int | None) -> Classifier:
     """From the cache, or trained on renders of every combination; flips, blur and noise hide details."""
     table = Table(1, pictures, BASE_STYLES, size, everything=True)
     torch.manual_seed(derive_seed(1, "classifier/weights"))

@@ -78,7 +78,7 @@ def _latent_file(
 
 
 @torch.no_grad()
-def cached_latents(vae: Any, table: Table, cache: Path, workers: int, device: torch.device) -> Tensor:
+def cached_latents(vae: Any, table: Table, cache: Path, workers: int | None, device: torch.device) -> Tensor:
     """(N, 2, C, h, w) float16: means of the table's pictures and of their mirror images, scaled."""
     digest = hashlib.sha256()
     for name, value in vae.state_dict().items():

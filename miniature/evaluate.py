@@ -41,7 +41,9 @@ class EvaluateConfig(Config):
     steps: int = Field(25, ge=1, le=1000, description="DDIM steps of samples")
     classifier_pictures: int = Field(6000, ge=12, description="renders that the classifier trains on")
     classifier_steps: int = Field(1500, ge=10, description="steps of 32 that it trains for")
-    render_workers: int = Field(1, ge=1, le=256, description="processes that render pictures")
+    render_workers: int | None = Field(
+        None, ge=1, le=256, description="processes that render pictures; null: one per core"
+    )
 
 
 Row = tuple[str, str, float, float, bool]  # gate, what, figure, limit, whether the limit is the least allowed

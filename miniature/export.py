@@ -33,6 +33,7 @@ def save_base(
     if folder.exists():
         shutil.rmtree(folder)
     pipe.save_pretrained(folder)
+    _let_the_umask_decide(folder)
 
 
 def save_part(folder: Path, part: Any, dtype: torch.dtype) -> None:
@@ -40,6 +41,14 @@ def save_part(folder: Path, part: Any, dtype: torch.dtype) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     _copy(part, dtype).save_pretrained(folder)
+    _let_the_umask_decide(folder)
+
+
+def _let_the_umask_decide(folder: Path) -> None:
+    """Who may read the files: safetensors makes them their owner's alone."""
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(allowed)
 
 
 def _copy(module: Any, dtype: torch.dtype) -> Any:

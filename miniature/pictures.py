@@ -83,12 +83,16 @@ def _render_file(table: Table, part: int, path: Path) -> None:
     publish_file(path, buffer.getvalue())
 
 
-def rendered(table: Table, cache_dir: Path, workers: int = 1) -> list[np.ndarray]:
-    """The table's pictures as memory-mapped files of PART each; what is not there yet is rendered first."""
+def rendered(table: Table, cache_dir: Path, workers: int | None = None) -> list[np.ndarray]:
+    """The table's pictures as memory-mapped files of PART each; what is not there yet is rendered first.
+
+    Args:
+        workers: processes that render; None: one per core.
+    """
     folder = table.folder(cache_dir)
     names = [folder / f"{part:05d}-{min(PART, table.count - part * PART)}.npy" for part in range(table.parts)]
     missing = [(part, path) for part, path in enumerate(names) if not path.exists()]
-    if workers > 1 and len(missing) > 1:
+    if workers != 1 and len(missing) > 1:
         with ProcessPoolExecutor(workers) as pool:
             list(pool.map(_render_file, *zip(*((table, *entry) for entry in missing), strict=True)))
     else:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The miniature from nothing: autoencoder, U-Net with text encoder, ControlNet, and the gates. It goes on where it was
-# stopped. Settings of RunConfig follow: miniature/run.sh device=cuda render_workers=16
+# stopped. Settings of RunConfig follow: miniature/run.sh device=cpu seed=1
 set -eu
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}

@@ -25,7 +25,9 @@ class RunConfig(Config):
         description="dtype of the forward pass; weights are float32 always; auto: bf16 where the device has "
         "units for it",
     )
-    render_workers: int = Field(1, ge=1, le=256, description="processes that render pictures")
+    render_workers: int | None = Field(
+        None, ge=1, le=256, description="processes that render pictures; null: one per core"
+    )
     batch_size: int = Field(16, ge=1, description="pictures per step")
     learning_rate: float = Field(
         1e-3, gt=0, description="of AdamW at its peak; a cosine takes it to a hundredth"

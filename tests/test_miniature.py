@@ -80,7 +80,12 @@ def test_the_recipe_makes_a_base_that_diffusers_and_this_toolkit_load(recipe):
     _, _, folder, controlnet = recipe
     info = inspect_base(folder)
     assert (info.resolution, info.vae_factor, info.latent_channels, info.max_tokens) == (64, 8, 4, 32)
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    (folder / "probe").touch()  # with the umask's permissions
+    allowed = (folder / "probe").stat().st_mode
+    (folder / "probe").unlink()
+    assert all(path.stat().st_mode == allowed for path in [*files, *controlnet.iterdir()])
     base = Base(info)
     latents = base.encode(torch.zeros(1, 3, 64, 64)).chunk(2, dim=1)[0]
     assert base.decode(latents * base.scaling_factor).shape == (1, 3, 64, 64)
@@ -217,6 +222,15 @@ def test_tables_leave_out_what_is_held_out_and_render_what_they_say(tmp_path):
     for combination in (False, True):
         scene = pictures.judging_scene(3, "a photo", combination)
         assert held_out("a photo", scene) == combination
+
+
+@pytest.mark.slow
+def test_several_processes_render_what_one_does(tmp_path):
+    table = pictures.base_table(0, pictures.PART + 8, 32)
+    several, one = (pictures.rendered(table, tmp_path / str(workers), workers) for workers in (None, 1))
+    assert [len(part) for part in several] == [pictures.PART, 8]
+    for ours, theirs in zip(several, one, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_mountain_pair_is_not_among_the_photographs():
