@@ -258,7 +258,8 @@ class Training:
         self.done, self._total = self.done + 1, self._total + float(loss.detach())
         if self.done % cfg.logging_steps == 0:
             rate = (self.done - self._first) * cfg.batch_size / (time.monotonic() - self._started)
-            mean, self._total = self._total / cfg.logging_steps, 0.0
+            since = min(cfg.logging_steps, self.done - self._first)  # the last line, or the resume
+            mean, self._total = self._total / since, 0.0
             record = {"step": self.done, "loss": mean, **figures, "grad_norm": norm}
             self.metrics.append(record | {"pictures_per_second": rate})
             print(f"step {self.done:7d}  loss {mean:.4f}  {rate:.1f} pictures/s", flush=True)

@@ -5,6 +5,8 @@ set -eu
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
 OUT=${OUT:-out/miniature}
+# glibc would give every large tensor back to the system and take it again, page by page: a tenth of a step
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 for stage in autoencoder text_to_image controlnet; do
     case $stage in
         autoencoder) input= ;;
