@@ -49,7 +49,7 @@ class Base:
         dtype: torch.dtype = torch.float32,
         prediction_type: str | None = None,
     ):
-        _quiet()
+        quiet_libraries()
         self.device, self.dtype, self.prediction_type = torch.device(device), dtype, prediction_type
         self.whole = None  # of a single file: the pipeline that it holds
         if info.kind == "file":
@@ -258,7 +258,7 @@ def enable_xformers(unet) -> str | None:
     return None
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Loading bars and advice of the libraries say nothing that a user of this toolkit can act on."""
     import diffusers
     import transformers

@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lorakit.errors import DivergedError, StoppedError, UserError
+from lorakit.models import quiet_libraries, set_up_backend
 from lorakit.optimizer_state import pack_optimizer, unpack_optimizer
 from lorakit.process import StopFlag
 from lorakit.publish import publish_file
@@ -27,12 +28,10 @@ from miniature.settings import FREE, RunConfig
 
 
 def set_up(cfg: RunConfig) -> torch.device:
-    """The device; denormals are flushed, which flat regions of pictures make and CPUs are slow on."""
-    torch.set_flush_denormal(True)
+    """The device, ready for a training."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    quiet_libraries()
+    set_up_backend(name)
     return torch.device(name)
 
 
@@ -95,10 +94,14 @@ def learning_rate(cfg: RunConfig, step: int) -> float:
 
 
 class Average:
-    """Running average of the weights of several modules, float32, by "module.parameter"."""
+    """Running average of the weights of several modules, float32, by "module.parameter".
 
-    def __init__(self, modules: Mapping[str, nn.Module], decay: float):
-        self.modules, self.decay = modules, decay
+    Those after step t weigh t ** power, so that its centre of mass lies 1 / (power + 2) of the run behind,
+    however long the run (power function EMA; Karras et al. 2024, section 3.1).
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], power: float):
+        self.modules, self.power = modules, power
         self.weights = {name: value.detach().clone() for name, value in self._live()}
 
     def _live(self) -> list[tuple[str, torch.Tensor]]:
@@ -110,8 +113,8 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step 0, 1, …; early the average is short, so that the random start is soon forgotten."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        """After step 0, 1, …; the first forgets the random start."""
+        decay = (1 - 1 / (step + 1)) ** (self.power + 1)
         live = self._live()
         torch._foreach_lerp_(
             [self.weights[name] for name, _ in live], [p.detach() for _, p in live], 1 - decay
@@ -206,7 +209,7 @@ class Training:
 
     def __init__(self, cfg: RunConfig, models: Mapping[str, nn.Module], hint: str):
         self.cfg, self.hint = cfg, hint
-        self.optimizer, self.average = make_optimizer(cfg, models), Average(models, cfg.ema_decay)
+        self.optimizer, self.average = make_optimizer(cfg, models), Average(models, cfg.ema_power)
         self.run = Path(cfg.output_dir) / cfg.ckpt_name
         self.metrics = MetricsFile(self.run / "metrics.jsonl")
         self.done, self._total, self._stack = 0, 0.0, contextlib.ExitStack()

@@ -38,8 +38,10 @@ class RunConfig(Config):
     warmup_steps: int = Field(200, ge=0, description="steps over which it rises from 0")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
-    ema_decay: float = Field(
-        0.999, ge=0, lt=1, description="of the average of the weights, which is what counts; lower at first"
+    ema_power: float = Field(
+        8.0,
+        ge=0,
+        description="the average of the weights is what counts: those after step t weigh t ** ema_power",
     )
     max_train_steps: int = Field(1000, ge=1, description="steps of the whole run")
     checkpointing_steps: int = Field(

@@ -201,15 +201,26 @@ def test_the_rate_rises_to_its_peak_and_falls_to_a_hundredth():
 
 def test_the_average_follows_the_weights_and_gives_them_back():
     layer = torch.nn.Linear(2, 1)
-    average = runs.Average({"layer": layer}, 0.9)
+    average = runs.Average({"layer": layer}, 8)
     torch.nn.init.zeros_(layer.weight)
-    for step in range(200):
-        average.update(step)
-    torch.testing.assert_close(average.weights["layer.weight"], torch.zeros(1, 2), rtol=0, atol=1e-6)
+    average.update(0)
+    assert torch.equal(average.weights["layer.weight"], torch.zeros(1, 2)), "the random start is forgotten"
     torch.nn.init.ones_(layer.weight)
     with average.applied():
-        assert float(layer.weight.detach().abs().max()) < 1e-6 and not layer.training
+        assert torch.equal(layer.weight.detach(), torch.zeros(1, 2)) and not layer.training
     assert torch.equal(layer.weight.detach(), torch.ones(1, 2)) and layer.training
+
+
+@pytest.mark.parametrize("power", [0, 2, 8])
+@pytest.mark.parametrize("steps", [200, 2000])
+def test_the_average_lies_the_same_share_of_any_run_behind(power, steps):
+    layer = torch.nn.Linear(1, 1)
+    average = runs.Average({"layer": layer}, power)
+    for step in range(steps):
+        torch.nn.init.constant_(layer.weight, step + 1)
+        average.update(step)
+    behind = 1 - float(average.weights["layer.weight"]) / steps
+    assert behind == pytest.approx(1 / (power + 2), abs=2 / steps)
 
 
 def test_tables_leave_out_what_is_held_out_and_render_what_they_say(tmp_path):
