@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lorakit.errors import UserError
-from lorakit.process import run_guarded
+from lorakit.ground.errors import UserError
+from lorakit.ground.process import run_guarded
 
 CONFIGS = (Path("cfg/mountain.json"), Path("cfg/mountain_up.json"))
 MORPH = Path("cfg/morph/mountain.json")
@@ -57,12 +57,12 @@ def show(config: Path) -> tuple[list, list[str]]:
     """One row of the sheet: picture, VAE round trip, each seed without and with LoRA; and its captions."""
     import torch
 
-    from lorakit.base import inspect_base
-    from lorakit.folder import read_folder
-    from lorakit.images import crop, load_image, psnr, resize_to_cover, to_array
-    from lorakit.lora import load_lora, lora_disabled
-    from lorakit.models import Base, set_up_backend
-    from lorakit.sampling import sample_images
+    from lorakit.diffusion.lora import load_lora, lora_disabled
+    from lorakit.diffusion.models import Base, set_up_backend
+    from lorakit.pictures.folder import read_folder
+    from lorakit.pictures.images import crop, load_image, psnr, resize_to_cover, to_array
+    from lorakit.sampling.samplers import sample_images
+    from lorakit.weights.base import inspect_base
 
     cfg = json.loads(config.read_text(encoding="utf-8"))
     set_up_backend("cpu")
@@ -90,8 +90,8 @@ def film() -> float:
 
 
 def main() -> None:
-    from lorakit.images import save_png
-    from lorakit.sheet import contact_sheet
+    from lorakit.pictures.images import save_png
+    from lorakit.pictures.sheet import contact_sheet
 
     seconds = fit(CONFIGS)
     start = time.perf_counter()

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from lorakit.base import BaseInfo, inspect_base
-from lorakit.config import parse_command
-from lorakit.errors import UserError
-from lorakit.gallery import Gallery, claim_folder
-from lorakit.process import run_guarded
-from lorakit.sampling_config import SamplingConfig, check_size, repeated
+from lorakit.ground.config import parse_command
+from lorakit.ground.errors import UserError
+from lorakit.ground.process import run_guarded
+from lorakit.sampling.config import SamplingConfig, check_size, repeated
+from lorakit.sampling.gallery import Gallery, claim_folder
+from lorakit.weights.base import BaseInfo, inspect_base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,9 +67,9 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
 
 def generate(cfg: GenerateConfig, info: BaseInfo, prompts: list[str], folder: Path) -> list[Path]:
     """Make the pictures; returns the paths of the sheets."""
-    from lorakit.models import open_base
-    from lorakit.sampling import sample_images
-    from lorakit.sampling_run import Batch, fill
+    from lorakit.diffusion.models import open_base
+    from lorakit.sampling.grid import Batch, fill
+    from lorakit.sampling.samplers import sample_images
 
     started = time.perf_counter()
     base = open_base(info, cfg.mixed_precision)

@@ -5,7 +5,8 @@
     noise = pipe.inverse("dataset/mountain/mountain.jpg", "a photo of rocky mountains", 50)
     again = pipe("a photo of rocky mountains", 128, 128, 50, guidance_scale=1, latents=noise).images[0]
 
-DDIM inversion (Song et al. 2021, sec. 4.3) and its exact relatives; lorakit/inversion.py has the methods.
+DDIM inversion (Song et al. 2021, sec. 4.3) and its exact relatives; the methods stand in
+lorakit/diffusion/inversion.py.
 `python invert.py PICTURE` prints how well each of them reconstructs.
 """
 
@@ -22,16 +23,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lorakit import inversion
-from lorakit.denoiser import Denoiser, Rows, join_rows
-from lorakit.errors import UserError
-from lorakit.images import crop, from_array, load_image, resize_to_cover, to_array
-from lorakit.inversion import Method
-from lorakit.lora import active_adapters
-from lorakit.models import DDIM
-from lorakit.row_weights import row_weights, weight_table
-from lorakit.schedule import Grid, NoiseSchedule
-from lorakit.views import assign_shapes
+from lorakit.diffusion import inversion
+from lorakit.diffusion.denoiser import Denoiser, Rows, join_rows
+from lorakit.diffusion.inversion import Method
+from lorakit.diffusion.lora import active_adapters
+from lorakit.diffusion.models import DDIM
+from lorakit.diffusion.row_weights import row_weights, weight_table
+from lorakit.diffusion.schedule import Grid, NoiseSchedule
+from lorakit.ground.errors import UserError
+from lorakit.pictures.images import crop, from_array, load_image, resize_to_cover, to_array
+from lorakit.pictures.views import assign_shapes
 
 Picture = str | Path | Image.Image | Tensor
 Weights = Mapping[str, float]
@@ -129,7 +130,7 @@ class InversionPipeline(StableDiffusionPipeline):
                 tensor (B, 3, H, W).
             prompt: one for all, or one each.
             n_steps: of DDIM.
-            method: one of lorakit.inversion.Method.
+            method: one of lorakit.diffusion.inversion.Method.
             iterations: of fixed_point at most (default 3); of null_text's updates at most (default 10).
             adapter_weights: {adapter: weight} for all, or one mapping each; a picture is inverted under these
                 LoRAs and no others, their weight on top of the one that set_adapters gave them. None: as set.

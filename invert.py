@@ -5,8 +5,9 @@
     python invert.py cfg/invert/mountain.json num_inference_steps=20 methods='["ddim", "anchored"]'
 
 DDIM inversion (Song et al. 2021, https://arxiv.org/abs/2010.02502, sec. 4.3) and its relatives, which
-lorakit/inversion.py describes; inversion_pipeline.py is the same for programs. Reads a base, a picture and a
-LoRA. Writes to <output_dir>/<name of the picture>/: a PNG for each reconstruction, sheet.png, report.json.
+lorakit/diffusion/inversion.py describes; inversion_pipeline.py is the same for programs. Reads a base, a
+picture and a LoRA. Writes to <output_dir>/<name of the picture>/: a PNG for each reconstruction, sheet.png,
+report.json.
 """
 
 import json
@@ -20,14 +21,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorakit.base import BaseInfo, inspect_base
-from lorakit.config import Config, parse_command
-from lorakit.errors import UserError
-from lorakit.images import IMAGE_SUFFIXES, image_size, psnr, read_picture, save_png
-from lorakit.process import run_guarded
-from lorakit.publish import check_writable, publish_file
-from lorakit.tensors import read_header
-from lorakit.views import assign_shapes
+from lorakit.ground.config import Config, parse_command
+from lorakit.ground.errors import UserError
+from lorakit.ground.process import run_guarded
+from lorakit.ground.publish import check_writable, publish_file
+from lorakit.pictures.images import IMAGE_SUFFIXES, image_size, psnr, read_picture, save_png
+from lorakit.pictures.views import assign_shapes
+from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.tensors import read_header
 
 if TYPE_CHECKING:  # help and faults of the command line come without torch
     from PIL.Image import Image
@@ -142,8 +143,8 @@ def load(cfg: InvertConfig, info: BaseInfo) -> "InversionPipeline":
     import torch
 
     from inversion_pipeline import InversionPipeline
-    from lorakit.lora import load_lora
-    from lorakit.models import Base, set_up_backend
+    from lorakit.diffusion.lora import load_lora
+    from lorakit.diffusion.models import Base, set_up_backend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     set_up_backend(device, allow_tf32=False)
@@ -200,7 +201,7 @@ def measure(
 
 def likeness(image: "Image | None", other: "Image") -> tuple[float | None, float | None]:
     """PSNR and SSIM; PSNR is None for equal pictures, both are without a picture."""
-    from lorakit.metrics import ssim
+    from lorakit.diffusion.metrics import ssim
 
     if image is None:
         return None, None
@@ -232,7 +233,7 @@ def contact(
     round_trip: "Image",
 ) -> "Image":
     """All reconstructions: a row for each guidance, a column for each method, below the picture itself."""
-    from lorakit.sheet import contact_sheet
+    from lorakit.pictures.sheet import contact_sheet
 
     found = {(row.guidance_scale, row.method): (row, image) for row, image in results}
     images: list[list[Image | None]] = [[picture, round_trip]]

@@ -4,7 +4,7 @@
     python mix_lora.py merge ckpt/miniature a.safetensors=0.8 out=ckpt/merged
 
 delta = sum_i w_i * (alpha_i / r_i) * B_i @ A_i in all of them. Reads LoRA files of every layout, writes one
-LoRA file or a base folder. The maths is in lorakit/mixing.py; docs/MIXING.md has measured errors and times.
+LoRA file or a base folder. The maths is in lorakit/weights/mixing.py; docs/MIXING.md has measured errors and times.
 """
 
 import difflib
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from lorakit.config import Config, parse_command
-from lorakit.errors import OutputError, UserError
-from lorakit.lora_file import LoraFile, LoraPair, base_of, component_of, lora_chunks
-from lorakit.lora_metadata import converted_metadata, mixed_metadata
-from lorakit.process import run_guarded
-from lorakit.publish import publish_file
-from lorakit.tensors import file_payload_sha256, read_header
+from lorakit.ground.config import Config, parse_command
+from lorakit.ground.errors import OutputError, UserError
+from lorakit.ground.process import run_guarded
+from lorakit.ground.publish import publish_file
+from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, lora_chunks
+from lorakit.weights.lora_metadata import converted_metadata, mixed_metadata
+from lorakit.weights.tensors import file_payload_sha256, read_header
 
 if TYPE_CHECKING:  # help and faults of the command line come without torch
-    from lorakit.mixing import Mixed, Source
+    from lorakit.weights.mixing import Mixed, Source
 
 
 # fmt: off
@@ -90,7 +90,7 @@ Files = list[tuple[str, float | None]]
 
 
 def inspect(cfg: Table, files: Files) -> None:
-    from lorakit.lora_report import describe
+    from lorakit.weights.lora_report import describe
 
     for path, _ in files:
         file = read(path)
@@ -98,8 +98,8 @@ def inspect(cfg: Table, files: Files) -> None:
 
 
 def diff(cfg: Table, files: Files) -> None:
-    from lorakit.lora_report import compare
-    from lorakit.mixing import check_same_base
+    from lorakit.weights.lora_report import compare
+    from lorakit.weights.mixing import check_same_base
 
     first, second = (read(path) for path, _ in files)
     check_same_base(
@@ -109,7 +109,7 @@ def diff(cfg: Table, files: Files) -> None:
 
 
 def mix(cfg: Mix, files: Files) -> None:
-    from lorakit import mixing
+    from lorakit.weights import mixing
 
     sources, metadata = read_sources(files)
     options = {"rank": cfg.rank, "energy": cfg.energy, "density": cfg.density, "seed": cfg.seed}
@@ -119,7 +119,7 @@ def mix(cfg: Mix, files: Files) -> None:
 
 
 def scale(cfg: Output, files: Files) -> None:
-    from lorakit.mixing import scaled
+    from lorakit.weights.mixing import scaled
 
     if files[0][1] is None:
         raise UserError(f"say by what: {files[0][0]}=0.5")
@@ -129,7 +129,7 @@ def scale(cfg: Output, files: Files) -> None:
 
 
 def resize(cfg: Resize, files: Files) -> None:
-    from lorakit import mixing
+    from lorakit.weights import mixing
 
     sources, metadata = read_sources(files)
     mixed = mixing.mix(sources, "svd", rank=cfg.rank, energy=cfg.energy, dtype=torch_dtype(cfg.dtype))
@@ -157,7 +157,7 @@ def convert(cfg: Truncated, files: Files) -> None:
 
 
 def merge(cfg: Folder, files: Files) -> None:
-    from lorakit import merging
+    from lorakit.weights import merging
 
     sources, _ = read_sources(files[1:])
     done = merging.merge(files[0][0], sources, Path(cfg.out), overwrite=cfg.overwrite)
@@ -171,7 +171,7 @@ def merge(cfg: Folder, files: Files) -> None:
 def extract(cfg: Extract, files: Files) -> None:
     import torch
 
-    from lorakit import merging
+    from lorakit.weights import merging
 
     (base, _), (tuned, _) = files
     refuse_existing(cfg.out, cfg.overwrite)
@@ -214,7 +214,7 @@ def retrain(cfg: Retrain, files: Files) -> None:
 
 def read(path: str, rank: int | None = None, energy: float | None = None) -> LoraFile:
     """A LoRA file of any layout; what was done to read it is printed."""
-    from lorakit.lora_import import read_any
+    from lorakit.weights.lora_import import read_any
 
     file, notes = read_any(path, rank, energy)
     print("".join(f"note        {path}: {note}\n" for note in notes), end="")
@@ -374,7 +374,7 @@ def main(argv: list[str]) -> int:
 
 def check(name: str, cfg: Any, files: Files) -> None:
     """Reads the LoRA files and looks whether they fit together and the output is free."""
-    from lorakit.mixing import check_same_base
+    from lorakit.weights.mixing import check_same_base
 
     if getattr(cfg, "out", None):
         refuse_existing(cfg.out, cfg.overwrite)

@@ -24,14 +24,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorakit.animation import FORMATS
-from lorakit.config import Config, parse_command
-from lorakit.errors import StoppedError, UserError
-from lorakit.morph_plan import MorphPlan, count_evaluations, describe_morph, fingerprint, make_morph_plan
-from lorakit.plan import launched_processes
-from lorakit.process import StopFlag, run_guarded
-from lorakit.publish import check_writable, publish_file, remove
-from lorakit.runs import lock_run
+from lorakit.film.morph_plan import MorphPlan, count_evaluations, describe_morph, fingerprint, make_morph_plan
+from lorakit.ground.config import Config, parse_command
+from lorakit.ground.errors import StoppedError, UserError
+from lorakit.ground.process import StopFlag, launched_processes, run_guarded
+from lorakit.ground.publish import check_writable, publish_file, remove
+from lorakit.ground.runs import lock_run
+from lorakit.pictures.animation import FORMATS
 
 
 # fmt: off
@@ -117,8 +116,8 @@ def fit_missing(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag)
     Raises:
         UserError: a training failed; its own message stands above.
     """
-    from lorakit.images import read_picture, save_png
-    from lorakit.publish import make_folder
+    from lorakit.ground.publish import make_folder
+    from lorakit.pictures.images import read_picture, save_png
 
     for path in plan.missing:
         picture = next(picture for picture in cfg.images if picture.lora == path)
@@ -169,13 +168,13 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from lorakit import endpoints, film, morph_report, morphing
-    from lorakit.attention import SharedAttention
-    from lorakit.chunks import Chunks
-    from lorakit.denoiser import Denoiser
-    from lorakit.images import read_picture
-    from lorakit.metrics import make_distance
-    from lorakit.models import Base, compute_dtype, resolve_precision, set_up_backend
+    from lorakit.diffusion.attention import SharedAttention
+    from lorakit.diffusion.denoiser import Denoiser
+    from lorakit.diffusion.metrics import make_distance
+    from lorakit.diffusion.models import Base, compute_dtype, resolve_precision, set_up_backend
+    from lorakit.film import endpoints, morph_report, morphing, shooting
+    from lorakit.ground.chunks import Chunks
+    from lorakit.pictures.images import read_picture
 
     # -- base, LoRAs, pictures
     team = PartialState()
@@ -236,7 +235,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
             shared = None
             if cfg.attention != "off":
                 shared = SharedAttention(base.unet, cfg.attention, cfg.attention_blocks)
-            studio = film.Studio(
+            studio = shooting.Studio(
                 base=base,
                 denoiser=Denoiser(base.unet, schedule, names, shared),
                 ends=ends,
@@ -250,8 +249,8 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
                 step=step,
             )
             try:
-                positions, frames = film.shoot(cfg, plan, studio)
-                film.develop(studio, frames, here / "frames")
+                positions, frames = shooting.shoot(cfg, plan, studio)
+                shooting.develop(studio, frames, here / "frames")
             finally:
                 if shared is not None:
                     shared.close()

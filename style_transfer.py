@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorakit.base import BaseInfo, inspect_base
-from lorakit.config import parse_command
-from lorakit.errors import UserError
-from lorakit.gallery import Gallery, claim_folder
-from lorakit.images import IMAGE_SUFFIXES, image_size, read_picture, save_png
-from lorakit.process import run_guarded
-from lorakit.sampling_config import SamplingConfig, check_size, repeated
-from lorakit.views import assign_shapes
+from lorakit.ground.config import parse_command
+from lorakit.ground.errors import UserError
+from lorakit.ground.process import run_guarded
+from lorakit.pictures.images import IMAGE_SUFFIXES, image_size, read_picture, save_png
+from lorakit.pictures.views import assign_shapes
+from lorakit.sampling.config import SamplingConfig, check_size, repeated
+from lorakit.sampling.gallery import Gallery, claim_folder
+from lorakit.weights.base import BaseInfo, inspect_base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,7 +108,7 @@ def shape_of(cfg: StyleConfig, info: BaseInfo, path: str) -> tuple[int, int]:
 
 def find_edges(cfg: StyleConfig, picture: "Image") -> Any:
     """(H, W) bool, by the thresholds of the config."""
-    from lorakit.edges import OPENCV_UNIT, as_floats, auto_thresholds, canny
+    from lorakit.pictures.edges import OPENCV_UNIT, as_floats, auto_thresholds, canny
 
     values = as_floats(picture)
     high = cfg.canny_high
@@ -119,7 +119,7 @@ def find_edges(cfg: StyleConfig, picture: "Image") -> Any:
 
 def read_source(cfg: StyleConfig, path: str, shape: tuple[int, int]) -> Source:
     """The picture at its working size, where its edges are looked for."""
-    from lorakit.edges import edge_image
+    from lorakit.pictures.edges import edge_image
 
     picture = read_picture(path, shape)
     edges = find_edges(cfg, picture)
@@ -144,10 +144,10 @@ def colour_shift(a: "Image", b: "Image") -> float:
 
 def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path) -> list[Path]:
     """Make the pictures; returns the paths of the sheets."""
-    from lorakit import restyling
-    from lorakit.edges import edge_f1
-    from lorakit.models import open_base
-    from lorakit.sampling_run import Batch, fill
+    from lorakit.diffusion.models import open_base
+    from lorakit.pictures.edges import edge_f1
+    from lorakit.sampling import restyling
+    from lorakit.sampling.grid import Batch, fill
 
     started = time.perf_counter()
     base = open_base(info, cfg.mixed_precision)

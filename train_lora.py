@@ -21,14 +21,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorakit.config import Config, parse_command
-from lorakit.errors import DivergedError, StoppedError, UserError
-from lorakit.forecast import checkpoint_bytes, describe_plan, lost_tokens
-from lorakit.plan import Plan, launched_processes, make_plan, missing_packages, result_paths
-from lorakit.process import StopFlag, run_guarded
-from lorakit.publish import check_writable, publish_file
-from lorakit.resume import check_resume, run_record, validation_record
-from lorakit.runs import (
+from lorakit.ground.config import Config, parse_command
+from lorakit.ground.errors import DivergedError, StoppedError, UserError
+from lorakit.ground.process import StopFlag, launched_processes, run_guarded
+from lorakit.ground.publish import check_writable, publish_file
+from lorakit.ground.runs import (
     claim_run,
     find_resume,
     lock_run,
@@ -36,6 +33,9 @@ from lorakit.runs import (
     set_aside_after,
     verify_checkpoint,
 )
+from lorakit.training.forecast import checkpoint_bytes, describe_plan, lost_tokens
+from lorakit.training.plan import Plan, make_plan, missing_packages, result_paths
+from lorakit.training.resume import check_resume, run_record, validation_record
 
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -210,14 +210,16 @@ def train(
     from accelerate import Accelerator
     from tqdm import tqdm
 
-    from lorakit import lora, randomness, saving, training
-    from lorakit.models import Base, compute_dtype, enable_xformers, set_up_backend
-    from lorakit.objectives import OBJECTIVES
-    from lorakit.watch import Metrics, validation_loss
+    from lorakit.diffusion import lora
+    from lorakit.diffusion.models import Base, compute_dtype, enable_xformers, set_up_backend
+    from lorakit.ground import randomness
+    from lorakit.training import parts, saving
+    from lorakit.training.objectives import OBJECTIVES
+    from lorakit.training.watch import Metrics, validation_loss
 
     # -- processes, precision, and the frozen base with the LoRA in it
-    precision = training.resolve_precision(cfg.mixed_precision)
-    trackers = training.trackers(cfg)
+    precision = parts.resolve_precision(cfg.mixed_precision)
+    trackers = parts.trackers(cfg)
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=cfg.log_dir)
     if accelerator.num_processes != plan.world_size:
         raise UserError(
@@ -233,10 +235,10 @@ def train(
     if not plan.base.known:  # a hub id that was not on this machine, or a single file
         plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps)
     unet, text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
-    unet_params = lora.add_lora(unet, **training.adapter_options(cfg, "unet"))
+    unet_params = lora.add_lora(unet, **parts.adapter_options(cfg, "unet"))
     groups = [{"params": unet_params, "lr": cfg.learning_rate}]
     if text_encoder is not None:
-        text_params = lora.add_lora(text_encoder, **training.adapter_options(cfg, "text_encoder"))
+        text_params = lora.add_lora(text_encoder, **parts.adapter_options(cfg, "text_encoder"))
         groups.append({"params": text_params, "lr": cfg.text_encoder_learning_rate or cfg.learning_rate})
         text_encoder.train()
     params = [p for group in groups for p in group["params"]]  # one list: optimized, clipped and counted
@@ -251,9 +253,9 @@ def train(
         f"{str(base.dtype).removeprefix('torch.')}"
     )
 
-    optimizer = training.make_optimizer(cfg, groups)
+    optimizer = parts.make_optimizer(cfg, groups)
     base_rates = [group["lr"] for group in groups]
-    lr_factor = training.learning_rate_schedule(cfg, plan.steps)
+    lr_factor = parts.learning_rate_schedule(cfg, plan.steps)
     student, optimizer = accelerator.prepare(torch.compile(unet) if cfg.torch_compile else unet, optimizer)
     text_student = accelerator.prepare(text_encoder) if text_encoder is not None else None
 
@@ -264,10 +266,10 @@ def train(
                 raise StoppedError(f"before the first step; what is cached stays. To go on: {hint}", signum)
 
         # -- data: latents and text states, from the caches
-        data, validation, sheet = training.prepare(
+        data, validation, sheet = parts.prepare(
             cfg, plan, base, accelerator, text_encoder, run, between=stop_early
         )
-        order = training.order_of(cfg, plan)
+        order = parts.order_of(cfg, plan)
 
         # -- counters, new or from a checkpoint
         state: dict[str, Any] = {
@@ -292,15 +294,15 @@ def train(
         metrics = Metrics(accelerator, run / "metrics.jsonl", bar, plan.total_batch, state["smoothed"])
         if main:
             metrics.file.truncate_after(first_step)
-        training.start_trackers(cfg, accelerator)
-        closing.callback(training.end_tracking, accelerator)
-        due = training.due_steps(cfg, plan.steps)
+        parts.start_trackers(cfg, accelerator)
+        closing.callback(parts.end_tracking, accelerator)
+        due = parts.due_steps(cfg, plan.steps)
         per_pass = accelerator.num_processes * cfg.train_batch_size
         mine = accelerator.process_index * cfg.train_batch_size
 
         # -- the loop: one turn is one optimizer step
         for step in range(first_step, plan.steps):
-            if training.exhausted(cfg, state):
+            if parts.exhausted(cfg, state):
                 stale = state["stale"]
                 say(f"step {step:6d} no better validation loss for {stale} validations: stopped early")
                 break
@@ -315,7 +317,7 @@ def train(
                 if cfg.lora_dropout:
                     torch.manual_seed(randomness.derive_seed(cfg.seed, "lora dropout", positions[0]))
                 last = micro == plan.accumulation - 1
-                with training.gradient_sync(accelerator, student, text_student, last):
+                with parts.gradient_sync(accelerator, student, text_student, last):
                     embeds = batch.text_states(text_student)
                     loss = OBJECTIVES[cfg.objective](student, batch, schedule, embeds, cfg.snr_gamma).mean()
                     accelerator.backward(loss / plan.accumulation)
@@ -327,10 +329,10 @@ def train(
             state["step"] = done = step + 1
             metrics.add(done, step_loss, grad_norm, optimizer.param_groups[0]["lr"])
 
-            stopping = training.any_process(accelerator, bool(stop.poll()) or done == stop_after)
+            stopping = parts.any_process(accelerator, bool(stop.poll()) or done == stop_after)
             if done % cfg.logging_steps == 0 or done in due.any or stopping:
                 if (broken := metrics.flush()) is not None:
-                    raise DivergedError(training.diverged(cfg, plan, run, data, order, broken, lr_factor))
+                    raise DivergedError(parts.diverged(cfg, plan, run, data, order, broken, lr_factor))
                 state["smoothed"] = metrics.smoothed
             if done in due.validation:
                 loss = validation_loss(validation, unet, text_encoder, schedule, cfg, accelerator)
@@ -348,7 +350,7 @@ def train(
                 )
             if done in due.sample and main:
                 sheet.draw(done)
-            if main and (done in due.checkpoint or stopping or training.exhausted(cfg, state)):
+            if main and (done in due.checkpoint or stopping or parts.exhausted(cfg, state)):
                 scaler, record = accelerator.scaler, run_record(cfg, plan)
                 saving.save_checkpoint(run, state | record, unet, text_encoder, optimizer, scaler, best)
                 prune_checkpoints(run, cfg.checkpoints_total_limit)

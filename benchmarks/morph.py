@@ -47,19 +47,20 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.train import build_sd15
-from lorakit import endpoints, film, inversion, lora, metrics, morph_plan, morph_report, morphing
-from lorakit.attention import Between, SharedAttention
-from lorakit.base import inspect_base
-from lorakit.chunks import Chunks
-from lorakit.denoiser import Denoiser
-from lorakit.errors import UserError
-from lorakit.images import load_image, psnr, read_picture, to_array
-from lorakit.interpolate import adain, bezier, slerp
-from lorakit.lora_file import LoraPair, lora_bytes
-from lorakit.models import Base, compute_dtype, set_up_backend
-from lorakit.row_weights import lora_layers
-from lorakit.schedule import ddim_step
-from lorakit.sheet import contact_sheet
+from lorakit.diffusion import inversion, lora, metrics
+from lorakit.diffusion.attention import Between, SharedAttention
+from lorakit.diffusion.denoiser import Denoiser
+from lorakit.diffusion.interpolate import adain, bezier, slerp
+from lorakit.diffusion.models import Base, compute_dtype, set_up_backend
+from lorakit.diffusion.row_weights import lora_layers
+from lorakit.diffusion.schedule import ddim_step
+from lorakit.film import endpoints, morph_plan, morph_report, morphing, shooting
+from lorakit.ground.chunks import Chunks
+from lorakit.ground.errors import UserError
+from lorakit.pictures.images import load_image, psnr, read_picture, to_array
+from lorakit.pictures.sheet import contact_sheet
+from lorakit.weights.base import inspect_base
+from lorakit.weights.lora_file import LoraPair, lora_bytes
 from morph import MorphConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -414,7 +415,7 @@ def lorakit(setup: Setup) -> Film:
     endpoints.check_fit(cfg, alone, rows, latents, setup.adapters)
     ends = endpoints.prepare_ends(cfg, base, alone, rows, latents, files, lambda: None)
     shared = SharedAttention(base.unet, cfg.attention, cfg.attention_blocks)
-    studio = film.Studio(
+    studio = shooting.Studio(
         base=base,
         denoiser=Denoiser(base.unet, schedule, names, shared),
         ends=ends,
@@ -427,7 +428,7 @@ def lorakit(setup: Setup) -> Film:
         folder=Path(cfg.output_dir) / "state",
         key=morph_plan.fingerprint(cfg, plan, setup.precision),
     )
-    positions, found = film.shoot(cfg, plan, studio)
+    positions, found = shooting.shoot(cfg, plan, studio)
     frames = [endpoints.decode_picture(base, x) for x in found]
     return Film(frames, positions, shared.stored_bytes(), base.dtype.itemsize)
 
@@ -508,7 +509,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def judge(setup: Setup, film: Film) -> dict[str, Any]:
-    """How near the ends come to the VAE's round trip of the pictures, and lorakit.metrics of the film."""
+    """How near the ends come to the VAE's round trip of the pictures, and lorakit.diffusion.metrics of the film."""
     pictures = [read_picture(picture.path, setup.plan.shape) for picture in setup.cfg.images]
     latents = [endpoints.encode_picture(setup.base, picture) for picture in pictures]
     around = [endpoints.decode_picture(setup.base, each[0]) for each in latents]
@@ -693,7 +694,7 @@ def print_table(args: argparse.Namespace, summary: dict[str, Any]) -> None:
 
 
 def print_metrics(ways: dict[str, dict[str, Any]]) -> None:
-    """Definitions: lorakit.metrics.DEFINITIONS."""
+    """Definitions: lorakit.diffusion.metrics.DEFINITIONS."""
     print(f"{'':15s}{'PSNR to the VAE':>18s}" + "".join(f"{name:>18s}" for name in SHOWN))
     for way, entry in ways.items():
         found = entry["metrics"]

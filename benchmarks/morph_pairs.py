@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import morph  # noqa: E402
-from lorakit.images import load_image, save_png  # noqa: E402
-from lorakit.sheet import contact_sheet  # noqa: E402
+from lorakit.pictures.images import load_image, save_png  # noqa: E402
+from lorakit.pictures.sheet import contact_sheet  # noqa: E402
 from miniature.landscapes import Scene, render  # noqa: E402
 
 OUT = Path("out/pairs")

@@ -28,11 +28,11 @@ def prepare(way: str, base_name: str) -> Callable[[], Any]:
     """What makes PICTURES pictures in one of WAYS, its models loaded."""
     import torch
 
-    from lorakit.base import inspect_base
-    from lorakit.lora import add_lora
-    from lorakit.models import open_base
-    from lorakit.restyling import restyle
-    from lorakit.sampling import encode_prompts, picture_noise, sample_images
+    from lorakit.diffusion.lora import add_lora
+    from lorakit.diffusion.models import open_base
+    from lorakit.sampling.restyling import restyle
+    from lorakit.sampling.samplers import encode_prompts, picture_noise, sample_images
+    from lorakit.weights.base import inspect_base
 
     base = open_base(inspect_base(base_name))
     shape = (base.info.resolution, base.info.resolution)

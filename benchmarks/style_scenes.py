@@ -24,12 +24,12 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import style_transfer  # noqa: E402
-from lorakit.base import inspect_base  # noqa: E402
-from lorakit.images import load_image, save_png, to_array  # noqa: E402
-from lorakit.metrics import EncoderDistance  # noqa: E402
-from lorakit.models import Base, set_up_backend  # noqa: E402
-from lorakit.randomness import integer  # noqa: E402
-from lorakit.sheet import contact_sheet  # noqa: E402
+from lorakit.diffusion.metrics import EncoderDistance  # noqa: E402
+from lorakit.diffusion.models import Base, set_up_backend  # noqa: E402
+from lorakit.ground.randomness import integer  # noqa: E402
+from lorakit.pictures.images import load_image, save_png, to_array  # noqa: E402
+from lorakit.pictures.sheet import contact_sheet  # noqa: E402
+from lorakit.weights.base import inspect_base  # noqa: E402
 from miniature.draw_style import style_scene  # noqa: E402
 from miniature.landscapes import STYLES, Scene, render  # noqa: E402
 

@@ -93,8 +93,8 @@ def settings(args: argparse.Namespace, folder: str) -> list[str]:
 
 
 def time_ours(args: argparse.Namespace) -> list[float]:
-    from lorakit.config import load_config
-    from lorakit.plan import make_plan
+    from lorakit.ground.config import load_config
+    from lorakit.training.plan import make_plan
     from train_lora import TrainConfig, train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -110,10 +110,10 @@ def set_up(args: argparse.Namespace):
     import torch
     from accelerate import Accelerator
 
-    from lorakit.base import inspect_base
-    from lorakit.lora import add_lora
-    from lorakit.models import Base, compute_dtype, set_up_backend
-    from lorakit.training import resolve_precision
+    from lorakit.diffusion.lora import add_lora
+    from lorakit.diffusion.models import Base, compute_dtype, set_up_backend
+    from lorakit.training.parts import resolve_precision
+    from lorakit.weights.base import inspect_base
 
     precision = resolve_precision(args.precision)
     accelerator = Accelerator(mixed_precision=precision)

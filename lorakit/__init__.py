@@ -1,1 +1,1 @@
-"""The nouns that the scripts share, by layer: an import points down, never sideways (docs/DESIGN.md)."""
+"""The rooms that the scripts share, by layer: an import points down, never sideways (docs/DESIGN.md)."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.images import crop as centre_crop
-from lorakit.images import load_image, resize_to_cover
-from lorakit.randomness import derive_seed
+from lorakit.ground.randomness import derive_seed
+from lorakit.pictures.images import crop as centre_crop
+from lorakit.pictures.images import load_image, resize_to_cover
 from miniature.landscapes import STYLES, render
 from miniature.photographs import dead_leaves, photograph_crop, pyramids, random_crop
 from miniature.pictures import Table, judging_scene, picture, rendered

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.edges import canny, hint_picture
-from lorakit.randomness import derive_seed, generator
-from lorakit.schedule import NoiseSchedule
+from lorakit.diffusion.schedule import NoiseSchedule
+from lorakit.ground.randomness import derive_seed, generator
+from lorakit.pictures.edges import canny, hint_picture
 from miniature.diffusion import SCHEDULER
 from miniature.pictures import picture
 from miniature.text import tokenize

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.publish import publish_file
-from lorakit.randomness import derive_seed, generator
-from lorakit.tensors import read_tensors, serialize
+from lorakit.ground.publish import publish_file
+from lorakit.ground.randomness import derive_seed, generator
+from lorakit.weights.tensors import read_tensors, serialize
 from miniature.autoencoder import to_tensor
 from miniature.landscapes import BASE_STYLES, FOREGROUNDS, MOUNTAINS, TIMES, Scene
 from miniature.pictures import Table, picture, rendered

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.randomness import derive_seed
+from lorakit.ground.randomness import derive_seed
 
 
 def make_controlnet(unet: Any, hint_channels: Sequence[int], seed: int) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.publish import publish_file
-from lorakit.randomness import derive_seed
-from lorakit.tensors import read_tensors, serialize
+from lorakit.ground.publish import publish_file
+from lorakit.ground.randomness import derive_seed
+from lorakit.weights.tensors import read_tensors, serialize
 from miniature.autoencoder import to_tensor
 from miniature.pictures import Table, rendered
 from miniature.text import tokenize

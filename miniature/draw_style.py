@@ -15,12 +15,12 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.config import Config, parse_command
-from lorakit.errors import UserError
-from lorakit.images import save_png
-from lorakit.process import run_guarded
-from lorakit.publish import make_folder, publish_file
-from lorakit.randomness import derive_seed
+from lorakit.ground.config import Config, parse_command
+from lorakit.ground.errors import UserError
+from lorakit.ground.process import run_guarded
+from lorakit.ground.publish import make_folder, publish_file
+from lorakit.ground.randomness import derive_seed
+from lorakit.pictures.images import save_png
 from miniature.landscapes import STYLES, Scene, render
 
 

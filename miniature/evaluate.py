@@ -18,8 +18,8 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.config import Config, parse_command
-from lorakit.process import run_guarded
+from lorakit.ground.config import Config, parse_command
+from lorakit.ground.process import run_guarded
 from miniature.scene import BASE_STYLES, STYLES
 
 
@@ -53,8 +53,8 @@ def measure(cfg: EvaluateConfig) -> dict[str, Any]:
     """All figures that the config asks for, by gate."""
     import torch
 
-    from lorakit.base import inspect_base
-    from lorakit.models import Base, set_up_backend
+    from lorakit.diffusion.models import Base, set_up_backend
+    from lorakit.weights.base import inspect_base
     from miniature import gates
     from miniature.classifier import trained_classifier
 

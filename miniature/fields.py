@@ -7,7 +7,7 @@ stretched over the whole picture, so the same generator draws the same field at 
 import numpy as np
 from PIL import Image
 
-from lorakit.randomness import derive_seed
+from lorakit.ground.randomness import derive_seed
 
 Array = np.ndarray
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.base import inspect_base
-from lorakit.edges import canny, edge_f1, hint_picture
-from lorakit.images import read_picture
-from lorakit.inversion import invert, sample
-from lorakit.lora import load_lora
-from lorakit.models import Base
-from lorakit.randomness import normal
+from lorakit.diffusion.inversion import invert, sample
+from lorakit.diffusion.lora import load_lora
+from lorakit.diffusion.models import Base
+from lorakit.ground.randomness import normal
+from lorakit.pictures.edges import canny, edge_f1, hint_picture
+from lorakit.pictures.images import read_picture
+from lorakit.weights.base import inspect_base
 from miniature.autoencoder import HELD_OUT_PHOTOGRAPHS, held_out_pictures, judge, psnr, to_tensor
 from miniature.classifier import HEADS, Classifier, accuracy, frechet_distance, labels_of
 from miniature.control import steering

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lorakit.randomness import uniform
+from lorakit.ground.randomness import uniform
 from miniature.fields import Array, fractal_noise, grid, step, stream, value_noise
 from miniature.scene import Scene
 from miniature.terrain import Layer, trimmed

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.images import from_array, save_png
-from lorakit.randomness import normal
-from lorakit.sheet import contact_sheet
+from lorakit.ground.randomness import normal
+from lorakit.pictures.images import from_array, save_png
+from lorakit.pictures.sheet import contact_sheet
 from miniature.diffusion import decode, sample_latents
 from miniature.landscapes import BASE_STYLES, FOREGROUNDS, MOUNTAINS, TIMES, Scene
 from miniature.text import tokenize

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lorakit.images import load_image
+from lorakit.pictures.images import load_image
 from miniature.fields import Array, fractal_noise, grid, step
 
 FOLDER = Path(__file__).with_name("photos")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorakit.publish import publish_file
-from lorakit.randomness import derive_seed
+from lorakit.ground.publish import publish_file
+from lorakit.ground.randomness import derive_seed
 from miniature.landscapes import STYLES, Scene, held_out, render
 
 PART = 256  # pictures per file: what a kill can cost

@@ -1,7 +1,8 @@
 """What the three trainings share: a run folder, checkpoints that resume exactly, rate, average and step.
 
 A checkpoint holds the weights, their running average and the optimizer as safetensors, and a JSON file.
-Randomness has no state (lorakit.randomness), so a resumed run takes the steps that an unbroken one would.
+Randomness has no state (lorakit.ground.randomness), so a resumed run takes the steps that an unbroken one
+would.
 """
 
 import contextlib
@@ -16,13 +17,20 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lorakit.errors import DivergedError, StoppedError, UserError
-from lorakit.models import quiet_libraries, set_up_backend
-from lorakit.optimizer_state import pack_optimizer, unpack_optimizer
-from lorakit.process import StopFlag
-from lorakit.publish import publish_file
-from lorakit.runs import MetricsFile, claim_run, find_resume, lock_run, prune_checkpoints, publish_checkpoint
-from lorakit.tensors import read_tensors, serialize
+from lorakit.diffusion.models import quiet_libraries, set_up_backend
+from lorakit.ground.errors import DivergedError, StoppedError, UserError
+from lorakit.ground.process import StopFlag
+from lorakit.ground.publish import publish_file
+from lorakit.ground.runs import (
+    MetricsFile,
+    claim_run,
+    find_resume,
+    lock_run,
+    prune_checkpoints,
+    publish_checkpoint,
+)
+from lorakit.weights.optimizer_state import pack_optimizer, unpack_optimizer
+from lorakit.weights.tensors import read_tensors, serialize
 from miniature.muon import Muon
 from miniature.settings import FREE, RunConfig
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from lorakit.randomness import integer, uniform
+from lorakit.ground.randomness import integer, uniform
 
 Time = Literal["dawn", "noon", "sunset", "night"]
 Mountain = Literal["snowy", "rocky", "green", "red desert"]

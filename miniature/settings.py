@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from lorakit.config import Config, parse_command
+from lorakit.ground.config import Config, parse_command
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.randomness import derive_seed
+from lorakit.ground.randomness import derive_seed
 from miniature.landscapes import FOREGROUNDS, LAYERS, MOUNTAINS, STYLES, TIMES, Scene
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

@@ -14,8 +14,8 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.process import run_guarded
-from lorakit.randomness import generator
+from lorakit.ground.process import run_guarded
+from lorakit.ground.randomness import generator
 from miniature.settings import RunConfig, run_script
 
 ROOT = Path(__file__).resolve().parents[1]

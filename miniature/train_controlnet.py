@@ -15,7 +15,7 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.process import run_guarded
+from lorakit.ground.process import run_guarded
 from miniature.settings import RunConfig, run_script
 
 
@@ -53,9 +53,9 @@ def train(cfg: ControlNetConfig, hint: str) -> Path:
     """
     import torch
 
-    from lorakit.base import inspect_base
-    from lorakit.models import Base
-    from lorakit.objectives import min_snr_weight
+    from lorakit.diffusion.models import Base
+    from lorakit.training.objectives import min_snr_weight
+    from lorakit.weights.base import inspect_base
     from miniature import diffusion
     from miniature import run as runs
     from miniature.batches import Hints, Samples

@@ -16,7 +16,7 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.process import run_guarded
+from lorakit.ground.process import run_guarded
 from miniature.settings import RunConfig, run_script
 
 
@@ -58,7 +58,7 @@ def train(cfg: TextToImageConfig, hint: str) -> Path:
     """
     import torch
 
-    from lorakit.objectives import min_snr_weight
+    from lorakit.training.objectives import min_snr_weight
     from miniature import diffusion
     from miniature import run as runs
     from miniature.batches import Samples

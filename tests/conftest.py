@@ -40,8 +40,8 @@ def random_lora():
 
     import torch
 
-    from lorakit.lora import add_lora, extract
-    from lorakit.lora_file import LoraFile
+    from lorakit.diffusion.lora import add_lora, extract
+    from lorakit.weights.lora_file import LoraFile
 
     def make(model, seed, component="unet", **options):
         model = copy.deepcopy(model)
@@ -58,7 +58,7 @@ def random_lora():
 @pytest.fixture(scope="session")
 def adapted_unet(tiny_unet, random_lora):
     """Factory of a tiny U-Net with LoRAs a, b, … loaded and active, and of the files they are from."""
-    from lorakit.lora import load_lora
+    from lorakit.diffusion.lora import load_lora
 
     def make(count=2, seed=0, unet=None, **options):
         unet = unet or tiny_unet(seed)
@@ -131,7 +131,7 @@ def fitted(tiny_base, random_lora, tmp_path_factory) -> list[Path]:
     """Three LoRA files for the tiny base, far from each other."""
     from diffusers import UNet2DConditionModel
 
-    from lorakit.lora_file import lora_bytes
+    from lorakit.weights.lora_file import lora_bytes
 
     folder = tmp_path_factory.mktemp("fitted")
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")

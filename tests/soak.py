@@ -45,8 +45,8 @@ from PIL import Image  # noqa: E402
 from pydantic import Field  # noqa: E402
 from small import SHORT_RUN, settings_of, small_pictures, tiny_base  # noqa: E402
 
-from lorakit.config import Config, parse_command  # noqa: E402
-from lorakit.errors import UserError  # noqa: E402
+from lorakit.ground.config import Config, parse_command  # noqa: E402
+from lorakit.ground.errors import UserError  # noqa: E402
 
 SLOW = 1.0  # seconds of work that count as a hang
 BUSY = 30.0  # seconds of work without progress after which a process is killed for hanging
@@ -213,7 +213,7 @@ def _configs() -> list[bytes]:
 
 
 def _read_config(path: Path) -> None:
-    from lorakit.config import load_config
+    from lorakit.ground.config import load_config
     from morph import MorphConfig
     from train_lora import TrainConfig
 
@@ -232,7 +232,7 @@ def _settings() -> list[bytes]:
 
 
 def _read_settings(path: Path) -> None:
-    from lorakit.config import load_config
+    from lorakit.ground.config import load_config
     from morph import MorphConfig
     from train_lora import TrainConfig
 
@@ -255,7 +255,7 @@ def _captions() -> list[bytes]:
 
 def _beside_pictures(path: Path, name: str) -> None:
     """Reads a folder of two small pictures in which the damaged file has the name."""
-    from lorakit.folder import read_folder
+    from lorakit.pictures.folder import read_folder
 
     folder = path.with_name("pictures")
     if not folder.exists():
@@ -277,7 +277,7 @@ def _manifests() -> list[bytes]:
 
 
 def _read_manifest(path: Path) -> None:
-    from lorakit.runs import latest_checkpoint
+    from lorakit.ground.runs import latest_checkpoint
 
     folder = path.with_name("run") / "checkpoint-00000005"
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ def _metrics() -> list[bytes]:
 
 
 def _read_metrics(path: Path) -> None:
-    from lorakit.runs import MetricsFile
+    from lorakit.ground.runs import MetricsFile
 
     MetricsFile(path).truncate_after(3)
 
@@ -300,8 +300,8 @@ def _read_metrics(path: Path) -> None:
 def _loras() -> list[bytes]:
     import torch
 
-    from lorakit.lora_file import LoraPair, lora_bytes
-    from lorakit.tensors import serialize
+    from lorakit.weights.lora_file import LoraPair, lora_bytes
+    from lorakit.weights.tensors import serialize
 
     rng, rank = torch.Generator().manual_seed(0), 2
     block = "lora_unet_mid_block_attentions_0_transformer_blocks_0"
@@ -318,7 +318,7 @@ def _loras() -> list[bytes]:
 
 
 def _read_lora(path: Path) -> None:
-    from lorakit.lora_import import read_any
+    from lorakit.weights.lora_import import read_any
 
     read_any(path)
 
@@ -326,7 +326,7 @@ def _read_lora(path: Path) -> None:
 def _entries() -> list[bytes]:
     import torch
 
-    from lorakit.data import write_entry
+    from lorakit.training.data import write_entry
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "entry.safetensors"
@@ -335,7 +335,7 @@ def _entries() -> list[bytes]:
 
 
 def _read_entry(path: Path) -> None:
-    from lorakit.data import read_entry
+    from lorakit.training.data import read_entry
 
     if read_entry(path) is None:
         raise UserError("no entry")  # which is how a damaged one is refused
@@ -375,7 +375,7 @@ def _pictures() -> list[bytes]:
 
 
 def _read_picture(path: Path) -> None:
-    from lorakit.images import image_size, load_image
+    from lorakit.pictures.images import image_size, load_image
 
     size = image_size(path, max_pixels=MAX_PIXELS, animated="first")
     assert load_image(path, max_pixels=MAX_PIXELS, animated="first").size == size
@@ -387,7 +387,7 @@ def _base_configs() -> list[bytes]:
 
 
 def _read_base(path: Path) -> None:
-    from lorakit.base import inspect_base
+    from lorakit.weights.base import inspect_base
 
     base = path.with_name("base")
     if not base.exists():
@@ -606,8 +606,8 @@ def unusable_checkpoints(run: Path) -> list[str]:
     """The newest checkpoint, if it is not whole, and each visible LoRA file that is not."""
     from safetensors.torch import load
 
-    from lorakit.lora_file import read_lora
-    from lorakit.runs import checkpoints, verify_checkpoint
+    from lorakit.ground.runs import checkpoints, verify_checkpoint
+    from lorakit.weights.lora_file import read_lora
 
     found = []
     loras = [path for path in (run / "best.safetensors", run.with_suffix(".safetensors")) if path.exists()]
@@ -670,8 +670,8 @@ def morphing(name: str, base: Path, pictures: Path, lora: Path, count: int, **ch
 
 def unusable_files(folder: Path) -> list[str]:
     """Every visible file of a morph that cannot be opened."""
-    from lorakit.images import load_image
-    from lorakit.tensors import read_tensors
+    from lorakit.pictures.images import load_image
+    from lorakit.weights.tensors import read_tensors
 
     found = []
     for path in folder.rglob("*"):
@@ -711,8 +711,8 @@ def run_story(story: Story, folder: Path, log: Path, done: mmap.mmap, die_at: in
     """
 
     def work() -> int:
-        from lorakit import film
-        from lorakit.process import run_guarded
+        from lorakit.film import shooting
+        from lorakit.ground.process import run_guarded
 
         count = 0
 
@@ -724,7 +724,7 @@ def run_story(story: Story, folder: Path, log: Path, done: mmap.mmap, die_at: in
                 if count == die_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        film.SAVE_SECONDS = 0.0  # a state after every step
+        shooting.SAVE_SECONDS = 0.0  # a state after every step
         with log.open("a", buffering=1) as sys.stdout, log.open("a", buffering=1) as sys.stderr:
             os.dup2(sys.stderr.fileno(), 2)
             faulthandler.dump_traceback_later(0.9 * SILENT, file=sys.stderr)  # where it hangs, if it does
@@ -753,7 +753,7 @@ class Killed:
 
 def own_litter(folder: Path) -> list[Path]:
     """Temporary names of ours."""
-    from lorakit.publish import OWN_NAME
+    from lorakit.ground.publish import OWN_NAME
 
     found = folder.rglob(".*")
     return [path for path in found if OWN_NAME.fullmatch(path.name) or path.name.endswith(".tmp")]
@@ -873,7 +873,10 @@ def kill(work: Path, seed: int, seconds: float) -> Killed:
 
 def warm_up() -> None:
     """Import in the parent, once, what children need."""
-    for name in ("film", "morph_report", "saving", "training", "watch", "lora_import"):
+    for name in (
+        *("film.shooting", "film.morph_report", "training.saving", "training.parts", "training.watch"),
+        "weights.lora_import",
+    ):
         importlib.import_module(f"lorakit.{name}")
     for name in ("morph", "train_lora"):
         importlib.import_module(name)
@@ -930,6 +933,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from lorakit.process import run_guarded
+    from lorakit.ground.process import run_guarded
 
     sys.exit(run_guarded(lambda: main(sys.argv[1:])))

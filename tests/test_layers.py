@@ -1,58 +1,27 @@
-"""Imports point down: a module of lorakit imports only modules of lower layers, scripts import no scripts."""
+"""Imports point down from package to package and go round in none; scripts import no scripts."""
 
 import ast
+import shutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [
-    {"errors"},
-    {
-        "config_text",
-        "tensors",
-        "publish",
-        "images",
-        "captions",
-        "lora_metadata",
-        "optimizer_state",
-        "randomness",
-        "schedule",
-        "pacing",
-        "interpolate",
-        "attention",
-        "row_weights",
-        "chunks",
-        "edges",
-    },
-    {
-        "config",
-        "base",
-        "folder",
-        "lora_file",
-        "runs",
-        "process",
-        "objectives",
-        "sheet",
-        "animation",
-        "page",
-        "denoiser",
-        "inversion",
-    },
-    {"views", "lora", "models", "mixing", "morphing", "sampling_config"},
-    {"plan", "data", "metrics", "lora_check", "lora_import", "lora_report", "merging", "gallery"},
-    {"resume", "sampling", "forecast", "morph_plan"},
-    {"watch", "saving", "endpoints", "restyling", "sampling_run"},
-    {"training", "film"},
-    {"morph_report"},
-]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(path.stem for path in (ROOT / "lorakit").glob("*.py") if path.stem != "__init__")
+# What a package may import besides itself.
+MAY_IMPORT = {
+    "ground": set(),
+    "weights": {"ground"},
+    "pictures": {"ground"},
+    "diffusion": {"ground", "weights", "pictures"},
+    "sampling": {"ground", "weights", "pictures", "diffusion"},
+    "training": {"ground", "weights", "pictures", "diffusion", "sampling"},
+    "film": {"ground", "weights", "pictures", "diffusion", "sampling"},
+}
 # A library module where users import it from; its main program is the script invert.py.
 LIBRARY = {"inversion_pipeline"}
-SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.stem not in LIBRARY)
 NO_TORCH = [
     "train_lora",
     "mix_lora",
@@ -61,51 +30,135 @@ NO_TORCH = [
     "invert",
     "generate",
     "style_transfer",
-    "lorakit.sampling_config",
-    "lorakit.gallery",
-    "lorakit.edges",
-    "lorakit.plan",
-    "lorakit.morph_plan",
-    "lorakit.resume",
-    "lorakit.folder",
-    "lorakit.process",
-    "lorakit.runs",
+    "lorakit.ground.process",
+    "lorakit.ground.runs",
+    "lorakit.pictures.edges",
+    "lorakit.pictures.folder",
+    "lorakit.sampling.config",
+    "lorakit.sampling.gallery",
+    "lorakit.training.plan",
+    "lorakit.training.resume",
+    "lorakit.film.morph_plan",
 ]
 
 
 def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or in a function; of a package also the modules named."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [alias.name for alias in node.names] if node.module == "lorakit" else []
-            found |= {f"lorakit.{name}" for name in names} or {node.module}
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names = {f"{module}.{alias.name}" for alias in node.names} if module.count(".") < 2 else set()
+            found |= names if module.startswith("lorakit") and names else {module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
 
 
-def test_every_module_has_a_layer():
-    assert set(MODULES) == set(RANK)
+def violations(root: Path) -> list[str]:
+    """What in the tree at `root` breaks the order of its layers, one line each."""
+    found = []
+    scripts = {path.stem for path in root.glob("*.py")} - LIBRARY
+    house = root / "lorakit"
+    loose = {path.stem for path in house.glob("*.py")} - {"__init__"}
+    found += [f"lorakit/{name}.py stands outside the packages" for name in sorted(loose)]
+    packages = {path.name for path in house.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    found += [f"{name} is no known package, or is missing" for name in sorted(packages ^ set(MAY_IMPORT))]
+    for path in sorted([*root.glob("*.py"), *house.rglob("*.py")]):
+        inside = path.is_relative_to(house)
+        for name in sorted(imports_of(path)):
+            if name in scripts or (inside and name in LIBRARY):
+                found.append(f"{path.name} imports the script {name}")
+            if name.startswith(".") or (name.startswith("lorakit.") and name.count(".") < 2):
+                found.append(f"{path.name} imports {name}, not a module by its whole name")
+    for package in sorted(packages & set(MAY_IMPORT)):
+        init = ast.parse((house / package / "__init__.py").read_text(encoding="utf-8"))
+        if ast.get_docstring(init) is None or len(init.body) > 1:
+            found.append(f"{package}/__init__.py holds more or less than a docstring")
+        inner = {}
+        for path in sorted((house / package).glob("*.py")):
+            used = [name.split(".")[1:3] for name in imports_of(path) if name.startswith("lorakit.")]
+            inner[path.stem] = {name for where, *names in used if where == package for name in names}
+            for where in sorted({where for where, *_ in used} - {package} - MAY_IMPORT[package]):
+                found.append(f"{package}/{path.stem} imports from {where}")
+        try:
+            list(TopologicalSorter(inner).static_order())
+        except CycleError as error:
+            found.append(f"{package} goes round: {' -> '.join(error.args[1])}")
+    return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
-    used = {
-        name.split(".")[1]
-        for name in imports_of(ROOT / "lorakit" / f"{module}.py")
-        if name.startswith("lorakit.")
-    }
-    upward = {name for name in used if RANK[name] >= RANK[module]}
-    assert not upward, f"{module} (layer {RANK[module]}) imports {upward}"
+def test_the_house_keeps_its_layers():
+    assert violations(ROOT) == []
+    assert len(list(ROOT.glob("*.py"))) >= 8 and len(list((ROOT / "lorakit").rglob("*.py"))) >= 60
 
 
-def test_scripts_import_no_scripts_and_nothing_imports_a_script():
-    assert len(SCRIPTS) >= 2
-    names = {path.stem for path in SCRIPTS}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "lorakit").glob("*.py")]:
-        assert not imports_of(path) & names, path
-    for path in (ROOT / "lorakit").glob("*.py"):
-        assert not imports_of(path) & LIBRARY, path
+PLANTED = {
+    "up": (
+        "lorakit/ground/errors.py",
+        "from lorakit.film.pacing import place",
+        "ground/errors imports from film",
+    ),
+    "up, in a function": (
+        "lorakit/diffusion/schedule.py",
+        "def f():\n    from lorakit.training import plan",
+        "diffusion/schedule imports from training",
+    ),
+    "sideways": (
+        "lorakit/pictures/views.py",
+        "import lorakit.weights.tensors",
+        "pictures/views imports from weights",
+    ),
+    "round": (
+        "lorakit/ground/errors.py",
+        "from lorakit.ground.publish import remove",
+        "ground goes round: ",
+    ),
+    "a script from a script": ("morph.py", "import train_lora", "morph.py imports the script train_lora"),
+    "a script from the house": ("lorakit/film/page.py", "import morph", "page.py imports the script morph"),
+    "the library from the house": (
+        "lorakit/film/page.py",
+        "from inversion_pipeline import InversionPipeline",
+        "page.py imports the script inversion_pipeline",
+    ),
+    "code in a package": (
+        "lorakit/film/__init__.py",
+        "import math",
+        "film/__init__.py holds more or less than a docstring",
+    ),
+    "a drawer": ("lorakit/misc.py", '"""Things."""', "lorakit/misc.py stands outside the packages"),
+    "a new package": (
+        "lorakit/attic/__init__.py",
+        '"""Things."""',
+        "attic is no known package, or is missing",
+    ),
+    "a whole package": (
+        "lorakit/film/page.py",
+        "from lorakit import ground",
+        "page.py imports lorakit.ground, not a module by its whole name",
+    ),
+    "a relative name": (
+        "lorakit/film/page.py",
+        "from .pacing import place",
+        "page.py imports .pacing, not a",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_each_kind_of_violation_is_seen(kind, tmp_path):
+    place, line, told = PLANTED[kind]
+    shutil.copytree(ROOT / "lorakit", tmp_path / "lorakit", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    assert violations(tmp_path) == []
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        (path.read_text(encoding="utf-8") if path.exists() else "") + f"\n{line}\n", encoding="utf-8"
+    )
+    found = violations(tmp_path)
+    assert [row for row in found if row.startswith(told)], found
 
 
 @pytest.mark.parametrize("module", NO_TORCH)

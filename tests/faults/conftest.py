@@ -10,7 +10,7 @@ import pytest
 from harness import ROOT, Result, Server
 from small import settings_of
 
-from lorakit.process import run_guarded
+from lorakit.ground.process import run_guarded
 
 
 @pytest.fixture(scope="session")
@@ -137,10 +137,10 @@ def a_run(tmp_path: Path) -> Callable[..., Path]:
 
     The state is that of the given command line; tensors are stand-ins, which nothing reads before torch is.
     """
-    from lorakit.config import load_config
-    from lorakit.plan import make_plan
-    from lorakit.resume import STATE_VERSION, run_record
-    from lorakit.runs import publish_checkpoint
+    from lorakit.ground.config import load_config
+    from lorakit.ground.runs import publish_checkpoint
+    from lorakit.training.plan import make_plan
+    from lorakit.training.resume import STATE_VERSION, run_record
     from train_lora import TrainConfig
 
     def make(arguments: list[str], steps: tuple[int, ...] = (2, 4, 6), **state: object) -> Path:

@@ -80,7 +80,7 @@ def serve() -> None:
 
 
 def _child(main: Callable[[], int], facts: TextIO) -> int:
-    from lorakit.process import run_guarded
+    from lorakit.ground.process import run_guarded
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
@@ -124,7 +124,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def litter(folder: Path) -> list[Path]:
     """Temporary files of ours, of both kinds of names."""
-    from lorakit.publish import OWN_NAME
+    from lorakit.ground.publish import OWN_NAME
 
     names = ((path, path.name) for path in folder.rglob(".*"))
     return [path for path, name in names if OWN_NAME.fullmatch(name) or name.endswith(".tmp")]

@@ -14,7 +14,7 @@ from harness import ROOT, SCRIPTS, assert_refused, snapshot
 
 from generate import GenerateConfig
 from invert import InvertConfig
-from lorakit.config import load_config
+from lorakit.ground.config import load_config
 from mix_lora import VERBS
 from morph import MorphConfig
 from style_transfer import StyleConfig
@@ -168,7 +168,7 @@ def test_c5_every_key_is_read_by_code_that_the_script_runs(script):
     """train_lora.py's keys are watched while it runs, in test_user_errors.py."""
     keys, places = READ_BY[script]
     files = [
-        path for place in places for path in [ROOT / place, *(ROOT / place).glob("*.py")] if path.is_file()
+        path for place in places for path in [ROOT / place, *(ROOT / place).rglob("*.py")] if path.is_file()
     ]
     read = names_read(files)
     assert len(keys) >= 10 and set(keys) - read == set()

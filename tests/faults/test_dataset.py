@@ -13,8 +13,8 @@ import pytest
 from harness import ROOT, assert_refused, sha, snapshot
 from PIL import Image
 
-from lorakit.config import load_config
-from lorakit.plan import make_plan, training_views
+from lorakit.ground.config import load_config
+from lorakit.training.plan import make_plan, training_views
 from train_lora import TrainConfig
 
 

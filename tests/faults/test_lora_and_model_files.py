@@ -16,7 +16,7 @@ import soak
 from harness import ROOT, assert_refused, sha, snapshot
 from small import settings_of
 
-from lorakit.errors import UserError
+from lorakit.ground.errors import UserError
 
 MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 FETCH = "fetch it again"

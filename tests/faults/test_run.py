@@ -18,11 +18,11 @@ import soak
 from harness import ROOT, assert_refused, litter, sha, snapshot
 from small import full_disk, settings_of
 
-from lorakit.config import load_config
-from lorakit.errors import UserError
-from lorakit.plan import make_plan
-from lorakit.resume import check_resume
-from lorakit.runs import checkpoints, lock_run, verify_checkpoint
+from lorakit.ground.config import load_config
+from lorakit.ground.errors import UserError
+from lorakit.ground.runs import checkpoints, lock_run, verify_checkpoint
+from lorakit.training.plan import make_plan
+from lorakit.training.resume import check_resume
 from train_lora import APPLIED, FIXED, FREE, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -42,12 +42,12 @@ def started(
 
         from accelerate.state import AcceleratorState
 
-        from lorakit import film
-        from lorakit.process import run_guarded
+        from lorakit.film import shooting
+        from lorakit.ground.process import run_guarded
 
         AcceleratorState._reset_state(True)
         os.environ.update(env or {})
-        film.SAVE_SECONDS = 0.0
+        shooting.SAVE_SECONDS = 0.0
         with log.open("a", buffering=1) as sys.stdout, log.open("a", buffering=1) as sys.stderr:
             os.dup2(sys.stderr.fileno(), 2)
             prepare()
@@ -96,10 +96,10 @@ def signalled(module: str, name: str, *signums: int, call: int = 1) -> Callable[
 # ---- L5: signals ----
 
 TRAINING = {
-    "while latents are cached": (("lorakit.data", "write_entry"), "before the first step", 0),
-    "in the first step": (("lorakit.watch", "Metrics.add"), "at step 1 of 6", 1),
-    "in the validation": (("lorakit.watch", "validation_loss"), "at step 4 of 6", 4),
-    "in a save": (("lorakit.saving", "publish_checkpoint"), "at step 3 of 6", 3),
+    "while latents are cached": (("lorakit.training.data", "write_entry"), "before the first step", 0),
+    "in the first step": (("lorakit.training.watch", "Metrics.add"), "at step 1 of 6", 1),
+    "in the validation": (("lorakit.training.watch", "validation_loss"), "at step 4 of 6", 4),
+    "in a save": (("lorakit.training.saving", "publish_checkpoint"), "at step 3 of 6", 3),
 }
 
 
@@ -126,7 +126,9 @@ def test_l5_sigterm_in_a_training_leaves_one_checkpoint_at_its_step(straight, se
 
 def test_l5_sigterm_while_the_lora_is_published_comes_too_late_to_stop_anything(straight, settings, tmp_path):
     log = tmp_path / "log.txt"
-    pid = started("train_lora", settings(), log, signalled("lorakit.saving", "publish_lora", signal.SIGTERM))
+    pid = started(
+        "train_lora", settings(), log, signalled("lorakit.training.saving", "publish_lora", signal.SIGTERM)
+    )
     assert code_of(pid, log) == 0 and sha(tmp_path / "ckpt/run.safetensors") == straight
 
 
@@ -146,8 +148,8 @@ def test_l5_a_second_interrupt_leaves_at_once_and_costs_no_checkpoint(
 
 
 FILM = {
-    "in an inversion": ("lorakit.denoiser", "Denoiser.__call__"),
-    "between frames": ("lorakit.film", "save_png"),
+    "in an inversion": ("lorakit.diffusion.denoiser", "Denoiser.__call__"),
+    "between frames": ("lorakit.film.shooting", "save_png"),
 }
 
 
@@ -372,7 +374,7 @@ GOLDEN = {
 def test_l10_a_checkpoint_of_version_1_is_read(tmp_path):
     import hashlib
 
-    from lorakit.resume import read_state
+    from lorakit.training.resume import read_state
 
     folder = tmp_path / "checkpoint-00000004"
     folder.mkdir()
@@ -541,8 +543,8 @@ def test_l11_a_place_that_cannot_be_written_by_a_mix(here, fitted, case):
 
 
 def test_l16_a_picture_that_breaks_in_a_decoding_thread_is_named(here, settings, monkeypatch, tmp_path):
-    from lorakit import data
-    from lorakit.images import ImageError
+    from lorakit.pictures.images import ImageError
+    from lorakit.training import data
 
     real = data.load_image
 
@@ -560,7 +562,7 @@ def test_l16_a_picture_that_breaks_in_a_decoding_thread_is_named(here, settings,
 
 
 def test_l16_a_thread_that_fails_otherwise_ends_the_run_with_its_traceback(here, settings, monkeypatch):
-    from lorakit import data
+    from lorakit.training import data
 
     def exhausted(*args, **options):
         raise MemoryError("planted")

@@ -27,9 +27,9 @@ from harness import ROOT
 from PIL import Image, ImageFile
 from small import settings_of
 
-from lorakit.captions import DataError
-from lorakit.folder import read_folder
-from lorakit.images import ImageError, image_size, load_image
+from lorakit.pictures.captions import DataError
+from lorakit.pictures.folder import read_folder
+from lorakit.pictures.images import ImageError, image_size, load_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 HOSTILE = """</script><script>alert(1)</script>"'><img src=x onerror=alert(2)> {{title}} & mountains"""
@@ -209,7 +209,7 @@ def test_the_page_of_a_morph_shows_what_users_wrote_as_text(watched):
     folder, _ = watched
     [path] = folder.rglob("index.html")
     page = Page(path.read_text(encoding="utf-8"))
-    own = Page((ROOT / "lorakit/page_template.html").read_text(encoding="utf-8"))
+    own = Page((ROOT / "lorakit/film/page_template.html").read_text(encoding="utf-8"))
     assert HOSTILE.split("<")[1] not in [tag for tag, _ in page.elements]
     assert hostile_elements(page) == []
     scripts = [tag for tag, _ in page.elements].count("script")
@@ -327,7 +327,7 @@ def dangers(tree: ast.AST) -> list[str]:
 
 
 def test_no_source_runs_what_a_file_says():
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("lorakit/*.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("lorakit/**/*.py")]
     assert len(paths) > 40
     found = {path.name: dangers(ast.parse(path.read_text(encoding="utf-8"))) for path in paths}
     assert {name: what for name, what in found.items() if what} == {}

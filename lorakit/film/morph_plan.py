@@ -1,0 +1,270 @@
+"""What a morph will do, worked out from its config and from files' headers. No torch here."""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.ground.errors import OutputError, UserError
+from lorakit.ground.publish import existing_parent
+from lorakit.pictures.animation import missing_writers
+from lorakit.pictures.images import image_size
+from lorakit.weights.base import BaseInfo, inspect_base, weights_hash
+from lorakit.weights.tensors import read_header
+
+Shape = tuple[int, int]
+VERSION = 1  # of what frames are a function of; counts up when the same config gives other frames
+FIT_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)  # shares of the schedule at which LoRAs are tried on pictures
+# What only shows frames, or says where they go.
+PRESENTATION = {
+    "output_dir", "name", "overwrite", "cache_dir", "formats", "fps", "hold_ms", "pingpong", "min_side",
+    "train_if_missing", "fit_config", "compare",
+}  # fmt: skip
+# A LoRA that changed what sampling means has no DDIM path from a picture to its noise.
+_FEW_STEPS = re.compile(r"(?<![a-z])(lcm|hyper[-_ ]?sd|turbo|lightning|dmd2?|tcd)(?![a-z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class MorphPlan:
+    """`shape` is (width, height) in pixels; `segments` lie between pictures; `total` counts all frames.
+
+    `loras` are the files in use, each once; `missing` those of them that are to be trained first.
+    """
+
+    base: BaseInfo
+    shape: Shape
+    segments: int
+    total: int
+    loras: tuple[str, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        factor = self.base.vae_factor
+        return self.base.latent_channels, self.shape[1] // factor, self.shape[0] // factor
+
+
+def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
+    """Check base, pictures, LoRA files and writers, and count the frames.
+
+    Args:
+        base: what is known of the base once it is loaded; None: what its files tell.
+
+    Raises:
+        UserError: what is missing, unreadable or does not fit together; names the key and the remedy.
+    """
+    base = base or inspect_base(cfg.pretrained_model_name_or_path)
+    shape = cfg.width or base.resolution, cfg.height or base.resolution
+    for key, side in zip(("width", "height"), shape, strict=True):
+        if side % base.vae_factor:
+            raise UserError(f"{key} {side}: must divide by the base's VAE factor, {base.vae_factor}")
+    notes = []
+    for i, picture in enumerate(cfg.images):
+        width, height = image_size(picture.path)
+        if width * shape[1] != height * shape[0]:
+            notes.append(f"images.{i}: {picture.path}, {width}x{height}, is cut to {shape[0]}x{shape[1]}")
+        if min(width / shape[0], height / shape[1]) < 0.5:
+            notes.append(f"images.{i}: {picture.path} is less than half as large as the frames: soft frames")
+    loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
+    missing = tuple(path for path in loras if not Path(path).exists())
+    if missing and not cfg.train_if_missing:
+        raise UserError(
+            f"{missing[0]}: no such LoRA file; train it (python train_lora.py …), set train_if_missing=true "
+            "to fit one to the picture first, or set its lora to null"
+        )
+    if unnamed := [path for path in missing if Path(path).suffix != ".safetensors" or path.endswith("/")]:
+        raise UserError(f"{unnamed[0]}: a LoRA that is to be trained needs a name that ends in .safetensors")
+    if missing and not Path(cfg.fit_config).is_file():
+        raise UserError(f"fit_config {cfg.fit_config}: no such config, and {missing[0]} is to be trained")
+    for path in set(loras) - set(missing):
+        _refuse_few_steps(path)
+    for name, reason in missing_writers(cfg.formats).items():
+        raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
+    if cfg.distance == "lpips":
+        _need_lpips()
+    if not (parent := existing_parent(Path(cfg.output_dir))).is_dir():
+        raise OutputError(f"output_dir {cfg.output_dir}: {parent} is a file; choose another folder")
+    segments = len(cfg.images) - (0 if cfg.loop else 1)
+    total = segments * (cfg.frames - 1) + (0 if cfg.loop else 1)
+    return MorphPlan(base, shape, segments, total, loras, missing, tuple(notes))
+
+
+def _refuse_few_steps(path: str) -> None:
+    _, metadata = read_header(Path(path))
+    with contextlib.suppress(ValueError, AttributeError):
+        if json.loads(metadata.get("lorakit.config", "{}")).get("objective") == "denoise":
+            return  # train_lora.py fitted it to pictures, be they of turbo boats
+    keys = ("ss_output_name", "ss_base_model_version", "modelspec.title")
+    told = [Path(path).stem, *(metadata[key] for key in keys if key in metadata and len(metadata[key]) < 200)]
+    for text in told:
+        if found := _FEW_STEPS.search(text):
+            raise UserError(
+                f"{path}: looks like a LoRA for sampling in few steps ({found[0]!r} in {text!r}), under "
+                "which a picture cannot be inverted; fit a LoRA to the picture instead (train_lora.py)"
+            )
+
+
+def _need_lpips() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("lpips") is None:
+        raise UserError('distance "lpips" needs a package: pip install lpips; "vae" needs none')
+
+
+# ---- counting ----
+
+
+def probe_stride(cfg: Any) -> int:
+    """Every how-many-th node of the grid a probe passes."""
+    return math.ceil(cfg.num_inference_steps / cfg.probe_steps)
+
+
+def probe_rounds(cfg: Any) -> list[int]:
+    """Inner positions of a segment per round of the probe: evenly spread ones, then where gaps are large."""
+    inner = cfg.probe_points - 2
+    first = max(1, (inner - 1) // 2)
+    return [first, inner - first] if inner > first else [first]
+
+
+def count_evaluations(cfg: Any, plan: MorphPlan) -> dict[str, int]:
+    """U-Net evaluations of one row, by part of the work; guidance above 1 takes two for a row.
+
+    fixed_point may need fewer: a row's search ends when it gets no better.
+    """
+    steps, ends, halves = cfg.num_inference_steps, len(cfg.images), 1 + (cfg.guidance_scale != 1)
+    per_step = 1 if cfg.inversion_method == "ddim" else cfg.fixed_point_iterations + 2
+    inversion = ends * steps * per_step * (1 + (cfg.inversion_guidance_scale != 1))
+    counts = {"inversion": inversion}
+    if plan.loras:
+        counts["fit of the LoRAs"] = ends * (1 + len(plan.loras)) * len(FIT_TIMESTEPS)
+    if cfg.reschedule in ("probe", "full"):
+        coarse = math.ceil(steps / probe_stride(cfg))
+        rows = sum(inner * plan.segments + ends for inner in probe_rounds(cfg))
+        counts["probe"] = rows * coarse * halves
+    inner = plan.total - ends
+    if cfg.reschedule == "select":  # 2 (frames - 1) steps to a segment
+        inner = plan.segments * (2 * cfg.frames - 3)
+    passes = 2 if cfg.reschedule == "full" else 1
+    counts["frames"] = passes * (inner + ends) * steps * halves
+    return counts
+
+
+def attention_bytes(cfg: Any, plan: MorphPlan, element: int = 4) -> int | None:
+    """Keys and values of one step, of all pictures, in the blocks that share attention."""
+    unet = plan.base.configs.get("unet")
+    if cfg.attention == "off" or not unet:
+        return 0 if unet else None
+    channels, layers = unet["block_out_channels"], unet["layers_per_block"]
+    _, height, width = plan.latent_shape
+    last = len(channels) - 1
+
+    def blocks(types: list[str], count: int, level_of) -> int:
+        levels = [level_of(i) for i, kind in enumerate(types) if "Cross" in kind]
+        return sum(count * channels[level] * _tokens(height, width, level) for level in levels)
+
+    numbers = 0
+    if "down" in cfg.attention_blocks:
+        numbers += blocks(unet["down_block_types"], layers, lambda i: i)
+    if "mid" in cfg.attention_blocks:
+        numbers += channels[last] * _tokens(height, width, last)
+    if "up" in cfg.attention_blocks:
+        numbers += blocks(unet["up_block_types"], layers + 1, lambda i: last - i)
+    halves = 1 + (cfg.guidance_scale != 1)
+    return 2 * numbers * len(cfg.images) * halves * element
+
+
+def _tokens(height: int, width: int, level: int) -> int:
+    for _ in range(level):
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    return height * width
+
+
+def predict_memory(cfg: Any, plan: MorphPlan, half: bool = False) -> dict[str, int] | None:
+    """Bytes on the device by part, without the framework's own; None where the base is not known.
+
+    What a pass of the U-Net holds at its peak is taken as the skip connections and eight tensors of its
+    widest level for each row: within a factor of two, as measured in docs/LOG.md.
+    """
+    unet = plan.base.configs.get("unet")
+    if not unet or not plan.base.parameters:
+        return None
+    element = 2 if half else 4
+    _, height, width = plan.latent_shape
+    rows = min(cfg.batch_size, max(plan.total, len(cfg.images))) * (1 + (cfg.guidance_scale != 1))
+    channels, layers = unet["block_out_channels"], unet["layers_per_block"]
+    planes = [count * _tokens(height, width, level) for level, count in enumerate(channels)]
+    parameters = plan.base.parameters
+    return {
+        "base": sum(parameters[part] for part in ("unet", "text_encoder")) * element + parameters["vae"] * 4,
+        "one pass of the U-Net": rows * element * ((layers + 1) * sum(planes) + 8 * max(planes)),
+        "shared attention": attention_bytes(cfg, plan, element) or 0,
+        "paths": (cfg.num_inference_steps + 1) * len(cfg.images) * math.prod(plan.latent_shape) * 4,
+    }
+
+
+def describe_morph(cfg: Any, plan: MorphPlan) -> str:
+    """The plan in words, for --check."""
+    base = plan.base
+    about = f"VAE factor {base.vae_factor}, {base.prediction_type}" if base.known else "read when work starts"
+    lines = [f"base        {base.name} ({base.kind}), {about}"]
+    for i, picture in enumerate(cfg.images):
+        width, height = image_size(picture.path)
+        lora = f"{picture.lora} x {picture.lora_weight:g}" if picture.lora else "no LoRA"
+        lines.append(f"picture {i:3d} {picture.path} ({width}x{height}), {lora}, {picture.prompt!r}")
+    lines += [f"to train    {path}, with {cfg.fit_config}" for path in plan.missing]
+    around = " and back to the first" if cfg.loop else ""
+    lines.append(
+        f"frames      {plan.total} of {plan.shape[0]}x{plan.shape[1]}, {cfg.frames} from picture to picture"
+        f"{around}"
+    )
+    counts = count_evaluations(cfg, plan)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    twice = "; the same again without LoRA for compare" if cfg.compare else ""
+    lines.append(f"U-Net       {sum(counts.values()):,} evaluations ({parts}){twice}")
+    for half in {"no": (False,), "auto": (False, True)}.get(cfg.mixed_precision, (True,)):
+        if memory := predict_memory(cfg, plan, half):
+            shown = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in memory.items())
+            kind = "half precision" if half else "float32"
+            lines.append(f"memory      about {sum(memory.values()) / 1e6:,.0f} MB in {kind} ({shown})")
+    lines.append(
+        f"writes      {Path(cfg.output_dir) / cfg.name}: PNG frames, sheet, report, page"
+        f"{''.join(f', {name}' for name in cfg.formats)}"
+    )
+    return "\n".join(lines + [f"note        {note}" for note in plan.notes])
+
+
+# ---- identity ----
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_hashes(base: BaseInfo) -> dict[str, str]:
+    """sha256 of every weights file of a base, and of its configs: with others the same weights differ."""
+    configs = json.dumps(base.configs, sort_keys=True, default=str)
+    hashes = {part: weights_hash(path) for part, path in base.files.items()}
+    return hashes | {"configs": hashlib.sha256(configs.encode()).hexdigest()}
+
+
+def fingerprint(cfg: Any, plan: MorphPlan, dtype: str, loras: bool = True) -> str:
+    """A hash of all that the frames are a function of: settings and the content of every file."""
+    settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in PRESENTATION}
+    settings["images"] = [
+        {
+            "picture": file_sha256(picture.path),
+            "prompt": picture.prompt,
+            "lora": file_sha256(picture.lora) if picture.lora and loras else None,
+            "lora_weight": picture.lora_weight,
+        }
+        for picture in cfg.images
+    ]
+    settings |= {"shape": plan.shape, "base": base_hashes(plan.base), "dtype": dtype, "version": VERSION}
+    settings.pop("pretrained_model_name_or_path")
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,293 @@
+"""A folder of captioned pictures -> a checked table, with every fault found before anything trains.
+
+Imports no torch.
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lorakit.pictures.captions import (
+    SKIP_OR_EMPTY,
+    DataError,
+    Fault,
+    FolderReader,
+    Item,
+    is_unicode,
+    listing,
+    short,
+)
+from lorakit.pictures.images import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, image_size, load_image
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture with its caption; sizes in pixels after EXIF orientation."""
+
+    path: Path | None
+    name: str  # relative to the root, with forward slashes
+    caption: str
+    width: int
+    height: int
+    sha256: str  # of the file
+    line: str  # where the caption came from, such as metadata.jsonl:3 or a.txt
+    data: bytes | None = field(default=None, repr=False)
+
+    @property
+    def source(self) -> Path | bytes:
+        """What `load_image` takes."""
+        source = self.data if self.path is None else self.path
+        assert source is not None, f"{self.name} has neither a path nor data"
+        return source
+
+
+@dataclass(frozen=True)
+class Table:
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...]
+    caption_source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the pictures and captions in row order; names, dates and sizes do not enter."""
+        pairs = [[row.sha256, row.caption] for row in self.rows]
+        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Policy:
+    missing_captions: str
+    broken_images: str
+    max_image_pixels: int
+    min_side: int
+    max_aspect: float
+    alpha_background: tuple[int, int, int]
+    decode_limit: int
+
+
+def read_folder(
+    root: str | Path,
+    *,
+    caption_column: str | None = None,
+    missing_captions: Literal["error", "skip", "empty"] = "error",
+    broken_images: Literal["error", "skip"] = "error",
+    allow_symlinks: bool = False,
+    max_image_pixels: int = MAX_PIXELS,
+    min_side: int = 16,
+    max_aspect: float = 4.0,
+    alpha_background: tuple[int, int, int] = (255, 255, 255),
+    decode_limit: int = 2000,
+) -> Table:
+    """Read and check a folder with sub-folders; hidden files are passed over.
+
+    Rows keep the order of metadata.jsonl, or are sorted by name where captions lie in .txt files.
+
+    Args:
+        caption_column: key of the caption in metadata.jsonl (None: "text", or the only other key with text).
+        allow_symlinks: also take what a symbolic link brings in from outside the folder.
+        max_aspect: longest side over shortest.
+        alpha_background: what transparent pictures are laid on.
+        decode_limit: beyond so many pictures, only the headers of the others are read.
+
+    Raises:
+        DataError: lists every fault with its file and line.
+    """
+    root = Path(root)
+    policy = _Policy(
+        missing_captions,
+        broken_images,
+        max_image_pixels,
+        min_side,
+        max_aspect,
+        alpha_background,
+        decode_limit,
+    )
+    if not root.is_dir():
+        problem = "is a file, not a folder" if root.exists() else "no such folder"
+        raise DataError([Fault(str(root), problem, "give the folder that holds the pictures")])
+    reader = FolderReader(root, IMAGE_SUFFIXES, allow_symlinks)
+    items, source = reader.items(caption_column, missing_captions)
+    return _table(items, policy, reader.faults, reader.warnings, f"{root}/", source)
+
+
+def read_rows(
+    records: Iterable[tuple[str, bytes | Path, object]],
+    *,
+    missing_captions: Literal["error", "skip", "empty"] = "error",
+    broken_images: Literal["error", "skip"] = "error",
+    max_image_pixels: int = MAX_PIXELS,
+    min_side: int = 16,
+    max_aspect: float = 4.0,
+    alpha_background: tuple[int, int, int] = (255, 255, 255),
+    decode_limit: int = 2000,
+) -> Table:
+    """The checks of `read_folder` for (name, picture, caption) from elsewhere, such as a `datasets` table.
+
+    Raises:
+        DataError: lists every fault with the name of its row.
+    """
+    policy = _Policy(
+        missing_captions,
+        broken_images,
+        max_image_pixels,
+        min_side,
+        max_aspect,
+        alpha_background,
+        decode_limit,
+    )
+    items = [Item(name, source, caption, name) for name, source, caption in records]
+    return _table(items, policy, [], [], "", "the data set")
+
+
+def _table(
+    items: list[Item],
+    policy: _Policy,
+    faults: list[Fault],
+    warnings: list[str],
+    prefix: str,
+    caption_source: str,
+) -> Table:
+    """The checks that all sources share; `prefix` stands before a name in messages."""
+    items = _with_captions(_named_once(items, prefix, faults), policy, prefix, faults, warnings)
+    rows = _inspected(items, policy, prefix, faults, warnings)
+    if not rows and not faults:
+        where = prefix.rstrip("/") or "the data set"
+        faults = [Fault(where, "no rows are left", "add pictures with captions")]
+    if faults:
+        raise DataError(faults)
+    return Table(tuple(rows), (*warnings, *_duplicates(rows)), caption_source)
+
+
+def _named_once(items: list[Item], prefix: str, faults: list[Fault]) -> list[Item]:
+    first: dict[str, Item] = {}
+    for item in items:
+        earlier = first.setdefault(item.name, item)
+        if earlier is not item:
+            problem = f"'{item.name}' is already named in {earlier.line}"
+            faults.append(Fault(prefix + item.line, problem, "keep one line for each picture"))
+    return list(first.values())
+
+
+def _with_captions(
+    items: list[Item], policy: _Policy, prefix: str, faults: list[Fault], warnings: list[str]
+) -> list[Item]:
+    """The items with their captions as text, after the policy for missing ones."""
+    kept, missing = [], []
+    for item in items:
+        caption = item.caption.strip() if isinstance(item.caption, str) else ""
+        fault = _caption_fault(item)
+        if not (fault or caption) and policy.missing_captions == "error":
+            state = "no caption" if item.caption is None else "an empty caption"
+            fault = f"has {state}", f"write the missing captions or {SKIP_OR_EMPTY}"
+        elif not (fault or caption):
+            missing.append(item.name)
+        if fault:
+            problem, remedy = fault
+            faults.append(Fault(prefix + (item.line or item.name), f"'{item.name}' {problem}", remedy))
+        # With a fault too, so that the picture is checked in the same go.
+        if fault or caption or policy.missing_captions == "empty":
+            kept.append(item._replace(caption=caption))
+    if missing:
+        fate = "left out" if policy.missing_captions == "skip" else "trained with an empty one"
+        warnings.append(f"{len(missing)} picture(s) without a caption are {fate}: {listing(missing)}")
+    return kept
+
+
+def _caption_fault(item: Item) -> tuple[str, str] | None:
+    """(problem, remedy) of a caption that is not text."""
+    if item.caption is None or isinstance(item.caption, str):
+        if item.caption and ("\0" in item.caption or not is_unicode(item.caption)):
+            return "has a caption with NUL or half a character", "retype the caption"
+        return None
+    kind = {list: "a list", dict: "an object", bool: "true or false"}.get(type(item.caption), "a number")
+    return f"has {kind} for a caption: {short(repr(item.caption))}", "write captions as text in quotes"
+
+
+def _inspected(
+    items: list[Item], policy: _Policy, prefix: str, faults: list[Fault], warnings: list[str]
+) -> list[Row]:
+    """Hash every picture and read its header, or decode it whole up to the limit."""
+    limit = policy.decode_limit
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # decoders and hashes release the GIL
+        decode = (number < limit for number in range(len(items)))
+        results = list(pool.map(lambda item, whole: _inspect(item, whole, policy, prefix), items, decode))
+    rows, broken, transparent = [], [], []
+    for item, result in zip(items, results, strict=True):
+        label = prefix + item.name
+        if isinstance(result, ImageError):
+            problem = str(result).removeprefix(f"{label}: ")
+            broken.append(Fault(label, problem, 'replace broken pictures or set broken_images to "skip"'))
+            continue
+        sha256, (width, height), share = result
+        faults += _size_faults(label, width, height, policy)
+        transparent += [item.name] if share > 0.5 else []
+        path, data = (None, item.source) if isinstance(item.source, bytes) else (item.source, None)
+        rows.append(Row(path, item.name, item.caption, width, height, sha256, item.line or item.name, data))
+    if policy.broken_images == "error":
+        faults += broken
+    elif broken:
+        reasons = listing(f"{fault.where} ({fault.problem})" for fault in broken)
+        warnings.append(f"{len(broken)} broken picture(s) are left out: {reasons}")
+    if transparent:
+        colour = f"laid on the colour {policy.alpha_background}"
+        warnings.append(
+            f"{len(transparent)} picture(s), mostly transparent, are {colour}: {listing(transparent)}"
+        )
+    if len(items) > limit:
+        warnings.append(
+            f"only the headers are checked of the {len(items) - limit} pictures after the first {limit}"
+        )
+    return rows
+
+
+def _size_faults(label: str, width: int, height: int, policy: _Policy) -> list[Fault]:
+    longer, shorter = max(width, height), min(width, height)
+    if shorter < policy.min_side:
+        problem = f"{width}x{height} has a side below {policy.min_side} pixels"
+        return [Fault(label, problem, "use larger pictures")]
+    if longer > policy.max_aspect * shorter:
+        ratio = f"the sides are {longer / shorter:.2f} to 1, max_aspect is {policy.max_aspect:g}"
+        return [Fault(label, f"{width}x{height}: {ratio}", "crop them or raise max_aspect")]
+    return []
+
+
+def _inspect(
+    item: Item, decode: bool, policy: _Policy, prefix: str
+) -> tuple[str, tuple[int, int], float] | ImageError:
+    """(sha256 of the file, (width, height), share of transparent pixels), or what is wrong with it."""
+    label = prefix + item.name
+    try:
+        if isinstance(item.source, bytes):
+            sha256 = hashlib.sha256(item.source).hexdigest()
+        else:
+            with open(item.source, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if not decode:
+            return sha256, image_size(item.source, name=label, max_pixels=policy.max_image_pixels), 0.0
+        image = load_image(
+            item.source, name=label, max_pixels=policy.max_image_pixels, background=policy.alpha_background
+        )
+        return sha256, image.size, float(image.info.get("transparent_share", 0))
+    except ImageError as error:
+        return error
+    except OSError as error:
+        return ImageError(f"{label}: {error.strerror}")
+
+
+def _duplicates(rows: list[Row]) -> list[str]:
+    """Warnings on files with the same bytes."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.sha256].append(row)
+    found = {"the same caption": [], "different captions": []}
+    for group in groups.values():
+        if len(group) > 1:
+            kind = "the same caption" if len({row.caption for row in group}) == 1 else "different captions"
+            found[kind].append(" = ".join(row.name for row in group))
+    return [f"identical pictures with {kind}: {listing(same)}" for kind, same in found.items() if same]

@@ -1,0 +1,263 @@
+"""What generate.py and style_transfer.py know before torch is imported: LoRAs, samplers, grids, and PNGs that
+tell how they were made.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from PIL import Image
+from pydantic import Field, ValidationError, model_validator
+
+from lorakit.ground.config import Config
+from lorakit.ground.errors import UserError
+from lorakit.weights.base import BaseInfo
+from lorakit.weights.tensors import read_header
+
+SchedulerName = Literal["ddim", "dpm++", "euler", "euler_a", "heun", "unipc", "pndm", "lcm"]
+CONFIG_CHUNK = "lorakit.config"
+"""The PNG text chunk, and the key of a LoRA's metadata, that hold a config as JSON."""
+HINTS_KEY = "lorakit.sampling"
+"""The key of a LoRA's metadata that holds the sampler it was trained for, as JSON."""
+HINTED = ("scheduler", "num_inference_steps", "guidance_scale")
+FALLBACK: dict[str, Any] = {"scheduler": "ddim", "num_inference_steps": 25, "guidance_scale": 7.5}
+LCM_STEPS = 50
+"""Steps of the sampler that latent consistency models are distilled from, and so the most they can take."""
+WHERE = ("output_dir", "name", "overwrite")
+"""Keys that say where pictures go, and so nothing about how they are made."""
+LORA_AXES = ("weight", "lora", "rank")
+"""Axes of a grid that are no keys: the weight or rank of every LoRA, and the file of the first."""
+
+
+# fmt: off
+class LoraEntry(Config):
+    """A LoRA to sample with."""
+
+    path: str = Field(min_length=1, description="a LoRA file of any layout")
+    weight: float = Field(1.0, description="factor on its update; 0: as without it, negative: away from it")
+    blocks: dict[str, float] = Field({}, description="further factors by part: text_encoder, down_blocks, mid_block, up_blocks.1, or any beginning of a module's name; the longest counts")
+    rank: int | None = Field(None, ge=1, description="cut it down to this rank by SVD; null: as it is")
+
+
+class SamplingConfig(Config):
+    """The keys that every script which samples has."""
+
+    headings: ClassVar[dict[str, str]] = {
+        "pretrained_model_name_or_path": "Model",
+        "width": "Size",
+        "negative_prompt": "Sampler",
+        "grid": "Grid",
+        "output_dir": "Output",
+    }
+
+    pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="dtype of U-Net and text encoder; auto: fp16 on a CUDA GPU, float32 elsewhere. The VAE is float32")
+    loras: tuple[LoraEntry, ...] = Field((), description="LoRAs, whose updates add up")
+
+    width: int | None = Field(None, ge=8, description="pixels; null: the base's own resolution, near the aspect of a picture that is restyled")
+    height: int | None = Field(None, ge=8, description="pixels; give both or neither")
+
+    negative_prompt: str = Field("", description="of no effect at guidance 1")
+    scheduler: SchedulerName | None = Field(None, description="sampler; null: as the LoRA's file asks for, else ddim")
+    num_inference_steps: int | None = Field(None, ge=1, le=999, description="steps; null: as the LoRA's file asks for, else 25")
+    guidance_scale: float | None = Field(None, ge=1, description="classifier-free guidance, which doubles the work above 1; null: as the LoRA's file asks for, else 7.5")
+    seed: int = Field(0, ge=0, lt=2**63, description="picture i of a prompt or input has the noise of seed + i, whatever the batch")
+    batch_size: int = Field(4, ge=1, description="pictures in one pass of the U-Net; halved by itself where memory runs out")
+
+    grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field({}, description='one or two axes of a sheet: a key of this config, "weight" or "rank" of every LoRA, or "lora" for the file of the first; the first axis runs to the right')
+
+    output_dir: str = Field("out", min_length=1, description="where the folder of the run goes")
+    name: str = Field("samples", pattern=r"^[^/\\\x00]+$", description="name of that folder")
+    overwrite: bool = Field(False, description="replace what is in it")
+
+    axes: ClassVar[tuple[str, ...]] = ("guidance_scale", "negative_prompt", "num_inference_steps", "scheduler")
+    """Keys that a grid may vary."""
+# fmt: on
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.name in (".", ".."):
+            raise ValueError(f'name "{self.name}": names a folder that is in use; choose another')
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width, height: give both or neither")
+        if len(self.grid) > 2:
+            raise ValueError("grid: a sheet has two axes at most")
+        for axis, values in self.grid.items():
+            if axis not in (*LORA_AXES, *self.axes):
+                raise ValueError(f"grid: {axis} is no axis; choose {', '.join((*LORA_AXES, *self.axes))}")
+            if axis in LORA_AXES and not self.loras:
+                raise ValueError(f"grid, loras: the axis {axis} needs a LoRA in loras")
+            for value in values:
+                try:
+                    self.at(axis, value)
+                except ValidationError as error:
+                    reason = error.errors(include_url=False)[0]["msg"]
+                    raise ValueError(f"grid: {axis} cannot be {json.dumps(value)}: {reason}") from None
+        return self
+
+    def at(self, axis: str, value: Any) -> Self:
+        """This config at a value of an axis, without its grid.
+
+        Raises:
+            ValidationError: the config cannot have that value.
+        """
+        data = self.model_dump(mode="json") | {"grid": {}}
+        if axis == "lora":
+            data["loras"][0]["path"] = value
+        elif axis in LORA_AXES:
+            data["loras"] = [lora | {axis: value} for lora in data["loras"]]
+        else:
+            data[axis] = value
+        return type(self).model_validate_json(json.dumps(data))
+
+    def cells(self) -> list[list[Self]]:
+        """The config of every cell of the grid, row by row; a single one without a grid."""
+        (across, columns), (down, rows) = (*self.grid.items(), ("", ()), ("", ()))[:2]
+        starts = [self.at(down, value) for value in rows] or [self.model_copy(update={"grid": {}})]
+        return [[start.at(across, value) for value in columns] or [start] for start in starts]
+
+    def numbered_cells(self) -> list[tuple[tuple[int, int], Self]]:
+        """Every cell with its (row, column)."""
+        cells = self.cells()
+        return [((i, j), cell) for i, row in enumerate(cells) for j, cell in enumerate(row)]
+
+    def sampler(self) -> tuple[str, int, float]:
+        """Scheduler, steps and guidance of a resolved config."""
+        assert self.scheduler and self.num_inference_steps and self.guidance_scale, "not resolved"
+        return self.scheduler, self.num_inference_steps, self.guidance_scale
+
+    def axis_labels(self) -> tuple[list[str], list[str]]:
+        """Texts above the columns and beside the rows of the grid."""
+        axes = [[f"{axis} {word}" for word in _words(axis, values)] for axis, values in self.grid.items()]
+        return (*axes, [], [])[0], (*axes, [], [])[1]
+
+    def resolved(self) -> tuple[Self, list[str]]:
+        """With a value for each of HINTED: its own, a LoRA's or the fallback; and what was taken from whom.
+
+        Raises:
+            UserError: a LoRA's file cannot be read, its hints are not usable, or LCM would take too many steps.
+        """
+        hints, notes = {}, []
+        for lora in self.loras:
+            own = read_hints(lora.path) if lora.weight else {}
+            for key, value in own.items():
+                if getattr(self, key) is None and key not in hints:
+                    hints[key] = value
+                    notes.append(f"{key} {value}, as {lora.path} asks for")
+                elif (value_here := getattr(self, key) or hints.get(key)) != value:
+                    notes.append(f"{key} {value_here}, although {lora.path} asks for {value}")
+        unset = {key: value for key, value in (FALLBACK | hints).items() if getattr(self, key) is None}
+        cfg = self.model_copy(update=unset)
+        if cfg.scheduler == "lcm" and cfg.sampler()[1] > LCM_STEPS:
+            raise UserError(
+                f"num_inference_steps {cfg.num_inference_steps}: lcm takes {LCM_STEPS} at most; lower it, or "
+                "choose another scheduler"
+            )
+        return cfg, notes
+
+
+def _words(axis: str, values: Sequence[Any]) -> list[str]:
+    """Values as labels: texts as they are, files by their stem and, where that is shared, by their folder."""
+    if axis != "lora":
+        return [value if isinstance(value, str) else json.dumps(value) for value in values]
+    paths = [Path(value) for value in values]
+    stems = [path.stem for path in paths]
+    return [
+        path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths
+    ]
+
+
+def read_hints(path: str) -> dict[str, Any]:
+    """The sampler that a LoRA was trained for, out of its metadata; empty for most files.
+
+    Raises:
+        UserError: the file cannot be read, or the hints are no values of HINTED.
+    """
+    if not Path(path).exists():
+        raise UserError(f"loras: {path}: there is no such file; train it with train_lora.py, or set loras=[]")
+    text = read_header(Path(path))[1].get(HINTS_KEY)
+    if text is None:
+        return {}
+    try:
+        hints = json.loads(text)
+        SamplingConfig.model_validate_json(json.dumps(hints))
+        return {key: hints[key] for key in HINTED if hints.get(key) is not None}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: its {HINTS_KEY} is not usable ({text[:80]})") from error
+
+
+def check_size(cfg: SamplingConfig, info: BaseInfo) -> None:
+    """Refuse a size that the base cannot make.
+
+    Raises:
+        UserError: a side that does not divide.
+    """
+    for key, side in (("width", cfg.width), ("height", cfg.height)):
+        if side is not None and side % info.size_multiple:
+            low = side // info.size_multiple * info.size_multiple
+            near = " or ".join(str(each) for each in (low, low + info.size_multiple) if each)
+            raise UserError(f"{key} {side}: must divide by {info.size_multiple} for this base; take {near}")
+
+
+def repeated(cls: type[SamplingConfig], argv: Sequence[str]) -> tuple[list[str], bool]:
+    """`--from PICTURE.png` replaced by the settings that made it; whether there was one.
+
+    Settings on the command line come after them, and so count. The picture does not say where to write: the
+    name of the new folder is made of the picture's folder and its number.
+
+    Raises:
+        UserError: the picture holds no config, or that of another script, or --from names none.
+    """
+    rest, settings = list(argv), []
+    while named := [i for i, text in enumerate(rest) if text.split("=")[0] == "--from"]:
+        word = rest.pop(found := named[0])
+        if "=" in word:
+            path = word.partition("=")[2]
+        elif found < len(rest):
+            path = rest.pop(found)
+        else:
+            raise UserError("--from: name a PNG that this script has made")
+        name = "_".join(part for part in (Path(path).parent.name, Path(path).stem) if part)
+        config = {key: value for key, value in read_config(path).items() if key not in WHERE} | {"name": name}
+        if foreign := sorted(config.keys() - cls.model_fields.keys()):
+            raise UserError(f"{path}: was made by another script, for it has {', '.join(foreign)}; use that one")
+        settings += [f"{key}={json.dumps(value)}" for key, value in config.items()]
+    return [*settings, *rest], bool(settings)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The config that a PNG was made with.
+
+    Raises:
+        UserError: no picture, or none of ours.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = getattr(image, "text", {}).get(CONFIG_CHUNK)
+        config = None if text is None else json.loads(text)
+    except Exception as error:  # a decoder raises anything on broken bytes
+        reason = getattr(error, "strerror", None) or "not a whole PNG"
+        raise UserError(f"{path}: {reason}; --from takes a PNG that this toolkit has made") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: does not tell how it was made; only PNGs of this toolkit do, unedited")
+    return config
+
+
+def png_text(cfg: SamplingConfig, prompt: str, seed: int, size: tuple[int, int]) -> dict[str, str]:
+    """Text chunks of a picture: our config, and the line that A1111 and its kin read.
+
+    Args:
+        cfg: makes this picture and no other.
+        size: width and height.
+    """
+    negative = f"\nNegative prompt: {cfg.negative_prompt}" if cfg.negative_prompt else ""
+    loras = "".join(f" <lora:{Path(lora.path).stem}:{lora.weight:g}>" for lora in cfg.loras)
+    line = (
+        f"Steps: {cfg.num_inference_steps}, Sampler: {cfg.scheduler}, CFG scale: {cfg.guidance_scale:g}, "
+        f"Seed: {seed}, Size: {size[0]}x{size[1]}, Model: {Path(cfg.pretrained_model_name_or_path).name}"
+    )
+    return {
+        CONFIG_CHUNK: json.dumps(cfg.model_dump(mode="json", exclude=set(WHERE)), ensure_ascii=False),
+        "parameters": f"{prompt}{loras}{negative}\n{line}",
+    }

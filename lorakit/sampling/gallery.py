@@ -1,0 +1,158 @@
+"""The folder that a sampling script fills: PNGs that can be repeated, sheets, report.json. No torch."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lorakit.ground.errors import UserError
+from lorakit.ground.publish import check_writable, publish_file, remove
+from lorakit.pictures.images import save_png
+from lorakit.pictures.sheet import contact_sheet
+from lorakit.sampling.config import SamplingConfig, png_text
+
+NUMBERED = re.compile(r"\d{4,}\.png|(sheet|edges)(_\d+)?\.png|report\.json|\.[0-9a-f]{16}\.tmp")
+
+
+def earlier_files(folder: Path) -> list[Path]:
+    """Those that an earlier run has left; what a user put beside them is not among them."""
+    return [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name)]
+
+
+def claim_folder(cfg: SamplingConfig) -> Path:
+    """The folder of a run; what an earlier one left there stays until there is a picture to replace it.
+
+    Raises:
+        UserError: there is an earlier run and `overwrite` is not set.
+        OutputError: nothing can be written there.
+    """
+    folder = Path(cfg.output_dir) / cfg.name
+    check_writable(folder)
+    if not cfg.overwrite and any(path.suffix != ".tmp" for path in earlier_files(folder)):
+        raise UserError(f"{folder} holds an earlier run: set overwrite=true, or another name=…")
+    return folder
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One result.
+
+    Args:
+        subject: the number of its prompt or input; `cell`: (row, column) of the grid.
+        cfg: makes this picture and no other.
+        facts: what report.json says of it besides.
+    """
+
+    image: Image.Image
+    subject: int
+    seed: int
+    cell: tuple[int, int]
+    cfg: SamplingConfig
+    prompt: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Gallery:
+    """Saves pictures as they come.
+
+    Args:
+        subjects: a label for each prompt or input.
+        leads: for each subject, pictures that stand before its row, as (label, picture).
+    """
+
+    folder: Path
+    cfg: SamplingConfig
+    subjects: Sequence[str]
+    leads: Sequence[Sequence[tuple[str, Image.Image]]] = ()
+    pictures: list[Picture] = field(default_factory=list)
+
+    def add(self, picture: Picture) -> None:
+        if not self.pictures:
+            for path in earlier_files(self.folder):
+                remove(path)
+        size = picture.image.size
+        path = self.folder / f"{len(self.pictures):04d}.png"
+        save_png(picture.image, path, text=png_text(picture.cfg, picture.prompt, picture.seed, size))
+        self.pictures.append(picture)
+
+    def finish(self, report: dict[str, Any]) -> list[Path]:
+        """Write the sheets and the report; returns the sheets' paths."""
+        entries = []
+        for number, each in enumerate(self.pictures):
+            entries.append(
+                {
+                    "file": f"{number:04d}.png",
+                    "subject": self.subjects[each.subject],
+                    "prompt": each.prompt,
+                    "seed": each.seed,
+                    "cell": self._cell_words(each.cell),
+                }
+                | each.facts
+            )
+        config = self.cfg.model_dump(mode="json")
+        text = json.dumps({"config": config, **report, "pictures": entries}, indent=2, ensure_ascii=False)
+        publish_file(self.folder / "report.json", (text + "\n").encode())
+        paths = []
+        sheets = self._sheets()
+        for number, sheet in enumerate(sheets):
+            paths.append(self.folder / (f"sheet_{number:03d}.png" if len(sheets) > 1 else "sheet.png"))
+            save_png(sheet, paths[-1])
+        return paths
+
+    def _cell_words(self, cell: tuple[int, int]) -> list[str]:
+        across, down = self.cfg.axis_labels()
+        return [*across[cell[1] : cell[1] + 1], *down[cell[0] : cell[0] + 1]]
+
+    def _sheets(self) -> list[Image.Image]:
+        """Without a grid a row for each subject and a column for each seed; along one axis a row for each
+        subject and seed; over two axes a sheet for each of them.
+        """
+        across, down = self.cfg.axis_labels()
+        found = {(p.subject, p.seed, p.cell): p.image for p in self.pictures}
+        seeds = sorted({picture.seed for picture in self.pictures})
+        subjects = range(len(self.subjects))
+        if not across:
+            rows = [[found.get((subject, seed, (0, 0))) for seed in seeds] for subject in subjects]
+            labels = [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else []
+            return [self._sheet(list(subjects), rows, list(self.subjects), labels)]
+        runs = [(subject, seed) for subject in subjects for seed in seeds]
+        words = [self.subjects[s] + (f" · seed {seed}" if len(seeds) > 1 else "") for s, seed in runs]
+        if not down:
+            rows = [[found.get((*run, (0, column))) for column in range(len(across))] for run in runs]
+            return [self._sheet([subject for subject, _ in runs], rows, words, across)]
+        return [
+            self._sheet(
+                [run[0], *[-1] * (len(down) - 1)],
+                [
+                    [found.get((*run, (row, column))) for column in range(len(across))]
+                    for row in range(len(down))
+                ],
+                down,
+                across,
+                title,
+            )
+            for run, title in zip(runs, words, strict=True)
+        ]
+
+    def _sheet(
+        self,
+        subjects: list[int],
+        rows: list[list[Image.Image | None]],
+        row_labels: list[str],
+        column_labels: list[str],
+        title: str = "",
+    ) -> Image.Image:
+        """With the leads of each row's subject before it; -1 has none."""
+        heads: list[str] = []
+        if self.leads:
+            heads = [label for label, _ in self.leads[0]]
+            empty: list[Image.Image | None] = [None] * len(heads)
+            before = [[image for _, image in self.leads[s]] if s >= 0 else empty for s in subjects]
+            rows = [[*lead, *row] for lead, row in zip(before, rows, strict=True)]
+        heads = [*heads, *column_labels] if column_labels or heads else []
+        return contact_sheet(rows, row_labels=row_labels, column_labels=heads, title=title)

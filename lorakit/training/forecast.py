@@ -1,0 +1,166 @@
+"""What a run will need, and the plan in words for --check. No torch here."""
+
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit.ground.publish import existing_parent
+from lorakit.training.plan import Plan, count_steps, training_views, validation_views
+from lorakit.weights.base import BaseInfo, weight_shapes, weights_hash
+from lorakit.weights.lora_file import TARGET_PRESETS
+
+# Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
+RESNET_TENSORS = 10.0
+TRANSFORMER_TENSORS = 25.0
+
+
+def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
+    """How many numbers are trained, counted in the headers of the base's weights; None without a folder."""
+    if not base.known or base.kind == "file":
+        return None
+    unet, text = TARGET_PRESETS["unet"], TARGET_PRESETS["text_encoder"]
+    chosen: str | tuple[str, ...] = cfg.target_modules
+    targets = {"unet": unet[chosen] if isinstance(chosen, str) else chosen}
+    if cfg.train_text_encoder:
+        targets["text_encoder"] = text[chosen if isinstance(chosen, str) else "attention"]
+    total = 0
+    for part, names in targets.items():
+        pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, names))})\.weight")
+        for key, shape in weight_shapes(base.files[part]).items():
+            if pattern.fullmatch(key):
+                out, *rest = shape
+                total += cfg.rank * (out + math.prod(rest)) + (out if cfg.use_dora else 0)
+    return total
+
+
+def checkpoint_bytes(cfg: Any, base: BaseInfo) -> int:
+    """Bytes of one checkpoint: float32 weights, two moments, and the best LoRA so far."""
+    return 4 * 4 * (lora_parameters(cfg, base) or 50_000_000)
+
+
+def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
+    """Bytes that the U-Net keeps for backward, per micro-batch of one process: an estimate.
+
+    Counted per level of the U-Net as (resnets, transformers) x channels x latent pixels, with the number of
+    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md).
+    """
+    unet = plan.base.configs.get("unet")
+    if not unet:
+        return None
+    width, height = max(plan.shapes, key=math.prod)
+    pixels = width * height // plan.base.vae_factor**2
+    channels, layers = unet["block_out_channels"], unet["layers_per_block"]
+    levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
+    elements = 0.0
+    for level, (count, down, up) in enumerate(levels):
+        here = count * pixels / 4**level
+        last = level == len(channels) - 1  # the middle block counts with it
+        resnets = layers + (layers + 1) + 2 * last
+        transformers = ("Cross" in down) * layers + ("Cross" in up) * (layers + 1) + last
+        elements += here * (RESNET_TENSORS * resnets + TRANSFORMER_TENSORS * transformers)
+    scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
+    return int(elements * cfg.train_batch_size * (2 if half else 4) * scale)
+
+
+def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
+    """Bytes on the training device by part, without the framework's own (about 0.5 GB with CUDA)."""
+    parts = ("unet", "text_encoder") if cfg.train_text_encoder else ("unet",)
+    frozen = sum(plan.base.parameters.get(part, 0) for part in parts)
+    return {
+        "frozen base": frozen * (2 if half else 4),
+        "LoRA, gradients, optimizer": (lora_parameters(cfg, plan.base) or 0) * 16,
+        "activations": activation_bytes(cfg, plan, half) or 0,
+    }
+
+
+def describe_plan(cfg: Any, plan: Plan) -> str:
+    """The plan in words, for --check."""
+    base = plan.base
+    lines = [f"base        {base.name} ({base.kind}), {_base_line(base)}"]
+    lines += [f"            {part:13s} {path}" for part, path in base.files.items()]
+    lines += _picture_lines(cfg, plan)
+    lines += [f"tokens      {line}" for line in lost_tokens(cfg, plan)]
+    epochs = plan.total_batch * plan.steps / len(plan.table.rows)
+    elsewhere = "; ".join(f"on {n} processes {_steps_on(cfg, plan, n)}" for n in (2, 4))
+    lines.append(
+        f"steps       {plan.steps} of {plan.total_batch} sample(s): {epochs:.4g} epochs; {elsewhere}"
+    )
+    if base.kind != "hub" or base.known:
+        vae_hash = weights_hash(base.files.get("vae") or base.files["file"])
+        views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
+        hits = sum(view.entry(plan.cache_dir, vae_hash).exists() for view in views)
+        lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}")
+    count = lora_parameters(cfg, base)
+    size = f"{count:,} parameters" if count else "size not known before the base is here"
+    lines.append(f"LoRA        rank {cfg.rank}, {size}")
+    if base.known and base.configs:
+        choices = {"no": (False,), "auto": (False, True)}.get(cfg.mixed_precision, (True,))
+        for half in choices:
+            parts = predict_memory(cfg, plan, half)
+            shown = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items())
+            total = f"about {sum(parts.values()) / 1e6:,.0f} MB in {'half precision' if half else 'float32'}"
+            lines.append(f"memory      {total} ({shown})")
+    lines.append(f"disk        {_disk_line(cfg, base)}")
+    return "\n".join(lines + [f"note        {note}" for note in plan.notes])
+
+
+def _picture_lines(cfg: Any, plan: Plan) -> Iterator[str]:
+    rows, where = plan.table.rows, cfg.data_dir or cfg.dataset_name
+    yield f"pictures    {len(rows)} from {where}; captions from {plan.table.caption_source}"
+    for row, (width, height) in list(zip(rows, plan.shapes, strict=True))[:10]:
+        caption = row.caption if len(row.caption) <= 50 else row.caption[:49] + "…"
+        sizes = f"{row.width:5d}x{row.height:<5d} at {width}x{height}"
+        yield f"            {row.name:24.24s} {sizes}  {caption!r}"
+    if len(rows) > 10:
+        yield f"            … and {len(rows) - 10} more"
+    buckets = Counter(plan.shapes)
+    if len(buckets) > 1:
+        yield "buckets     " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(buckets.items()))
+    if plan.validation:
+        yield f"validation  {len(plan.validation.rows)} from {cfg.validation_data_dir}"
+
+
+def _disk_line(cfg: Any, base: BaseInfo) -> str:
+    size, kept = checkpoint_bytes(cfg, base), cfg.checkpoints_total_limit
+    free = shutil.disk_usage(existing_parent(Path(cfg.output_dir))).free
+    return (
+        f"{size * kept / 1e6:,.1f} MB for {kept} checkpoints, {size / 4e6:,.1f} MB for the LoRA; "
+        f"{free / 1e9:,.1f} GB free"
+    )
+
+
+def _base_line(base: BaseInfo) -> str:
+    if not base.known:
+        return "its parts are read when training starts"
+    millions = sum(base.parameters.values()) / 1e6
+    return (
+        f"{millions:,.1f} M parameters, {base.resolution} px, VAE factor {base.vae_factor}, "
+        f"{base.max_tokens} tokens, {base.prediction_type}"
+    )
+
+
+def _steps_on(cfg: Any, plan: Plan, processes: int) -> int:
+    total = plan.total_batch if cfg.total_batch_size else plan.total_batch // plan.world_size * processes
+    return count_steps(cfg, len(plan.table.rows), total)
+
+
+def lost_tokens(cfg: Any, plan: Plan) -> list[str]:
+    """Captions that are longer than the text encoder reads, with the words that it will not see."""
+    folder = plan.base.root / "tokenizer" if plan.base.root and plan.base.kind != "file" else None
+    if folder is None:
+        return []
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+    limit = min(tokenizer.model_max_length, plan.base.max_tokens)
+    found = []
+    for row in plan.table.rows:
+        ids = tokenizer(row.caption, truncation=False, verbose=False).input_ids
+        if len(ids) > limit:
+            lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
+            found.append(f"{row.line}: {len(ids)} tokens, {limit} are read; lost: {lost!r}")
+    return found[:20] + ([f"and {len(found) - 20} more"] if len(found) > 20 else [])

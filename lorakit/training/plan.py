@@ -1,0 +1,249 @@
+"""What a training run will do, worked out from config, pictures and the base's files. No torch here.
+
+Everything that a user can have got wrong with the data or the base shows while a plan is made.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.ground.errors import OutputError, UserError
+from lorakit.ground.publish import existing_parent
+from lorakit.pictures.folder import Table, read_folder, read_rows
+from lorakit.pictures.views import Shape, View, assign_shapes, views_of
+from lorakit.weights.base import BaseInfo, inspect_base, weight_shapes
+
+LONGEST_NAME = 255  # bytes, on nearly every file system
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`total_batch` samples per step, split over `world_size` processes and `accumulation` micro-batches."""
+
+    base: BaseInfo
+    table: Table
+    shapes: tuple[Shape, ...]
+    validation: Table | None
+    validation_shapes: tuple[Shape, ...]
+    resolution: int
+    world_size: int
+    accumulation: int
+    total_batch: int
+    steps: int
+    cache_dir: Path
+    notes: tuple[str, ...]
+
+
+def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Plan:
+    """Check pictures, captions and base, and count the steps.
+
+    Args:
+        base: what is known of the base once it is loaded; None: what its files tell.
+
+    Raises:
+        UserError: of one of the kinds DataError, BaseError, or for sizes that do not fit together.
+    """
+    _check_names(cfg)
+    base = base or inspect_base(cfg.pretrained_model_name_or_path)
+    _check_targets(cfg, base)
+    resolution = cfg.resolution or base.resolution
+    if resolution % base.vae_factor:
+        raise UserError(f"resolution {resolution}: must divide by the base's VAE factor, {base.vae_factor}")
+    table = read_table(cfg)
+    validation = None
+    if cfg.validation_data_dir:
+        validation = read_folder(Path(cfg.validation_data_dir), **folder_options(cfg))
+    buckets = len(table.rows) > 1 if cfg.aspect_ratio_buckets is None else cfg.aspect_ratio_buckets
+    if buckets and resolution < base.size_multiple:
+        raise UserError(
+            f"resolution {resolution}, aspect_ratio_buckets: buckets of this base are multiples of "
+            f"{base.size_multiple} pixels"
+        )
+
+    def shapes_of(rows) -> tuple[Shape, ...]:
+        sizes = [(row.width, row.height) for row in rows]
+        return tuple(assign_shapes(sizes, resolution, base.size_multiple, buckets))
+
+    per_pass = cfg.train_batch_size * world_size
+    accumulation = cfg.gradient_accumulation_steps
+    if cfg.total_batch_size:
+        if cfg.total_batch_size % per_pass:
+            raise UserError(
+                f"total_batch_size {cfg.total_batch_size}: must divide by train_batch_size x processes, "
+                f"{cfg.train_batch_size} x {world_size}"
+            )
+        accumulation = cfg.total_batch_size // per_pass
+    total_batch = per_pass * accumulation
+    steps = count_steps(cfg, len(table.rows), total_batch)
+    shapes = shapes_of(table.rows)
+    return Plan(
+        base=base,
+        table=table,
+        shapes=shapes,
+        validation=validation,
+        validation_shapes=shapes_of(validation.rows) if validation else (),
+        resolution=resolution,
+        world_size=world_size,
+        accumulation=accumulation,
+        total_batch=total_batch,
+        steps=steps,
+        cache_dir=_cache_dir(cfg),
+        notes=tuple(_notes(table, shapes, validation)),
+    )
+
+
+def count_steps(cfg: Any, pictures: int, total_batch: int) -> int:
+    """Optimizer steps: as n_epochs or max_train_steps say, whichever ends first."""
+    epochs = math.inf if cfg.n_epochs is None else math.ceil(cfg.n_epochs * pictures / total_batch)
+    return int(min(epochs, cfg.max_train_steps or math.inf))
+
+
+def _cache_dir(cfg: Any) -> Path:
+    return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
+
+
+def result_paths(cfg: Any) -> dict[Path, Any]:
+    """The LoRA files that a run writes, and the layout of each."""
+    final = Path(cfg.output_dir) / f"{cfg.ckpt_name}.safetensors"
+    if cfg.save_format != "both":
+        return {final: cfg.save_format}
+    return {final: "kohya", final.with_name(f"{cfg.ckpt_name}_diffusers.safetensors"): "diffusers"}
+
+
+def _check_names(cfg: Any) -> None:
+    """Refuse output names that would fail, or leave output_dir, only after hours of training."""
+    if cfg.ckpt_name in (".", ".."):
+        raise UserError(f'ckpt_name "{cfg.ckpt_name}": names a folder that exists already; choose a name')
+    run, cache_dir = Path(cfg.output_dir) / cfg.ckpt_name, _cache_dir(cfg)
+    if (run / "model_index.json").exists() or run.absolute() == cache_dir.absolute():
+        raise UserError(f"ckpt_name: {run} is a base model's folder or the cache; choose another name")
+    for path in result_paths(cfg):
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise UserError(f"ckpt_name: {path.name[:40]}… is longer than {LONGEST_NAME} bytes; shorten it")
+        if path.is_dir():
+            raise UserError(f"{path}: a folder has the name of the LoRA file; rename it or change ckpt_name")
+    if cfg.cache_dir and not (cache := existing_parent(Path(cfg.cache_dir))).is_dir():
+        raise OutputError(f"cache_dir {cfg.cache_dir}: {cache} is a file; choose another folder")
+
+
+def _check_targets(cfg: Any, base: BaseInfo) -> None:
+    """Refuse target_modules that name what the U-Net lacks, as far as the base's headers are here."""
+    if isinstance(cfg.target_modules, str) or not base.known or base.kind == "file":
+        return
+    layers = [key for key, shape in weight_shapes(base.files["unet"]).items() if len(shape) in (2, 4)]
+    names = [f".{key.removesuffix('.weight')}" for key in layers if key.endswith(".weight")]
+    lost = [end for end in cfg.target_modules if not any(name.endswith(f".{end}") for name in names)]
+    if lost or not cfg.target_modules:
+        lasts = sorted({name.rpartition(".")[2] for name in names} - set("0123456789"))
+        raise UserError(
+            f"target_modules: no layer of the U-Net ends in {', '.join(lost) or 'nothing'}; there are "
+            f"{', '.join(lasts[:20])}; or take a preset such as attention"
+        )
+
+
+def missing_packages(cfg: Any) -> None:
+    """Refuse an optimizer whose package is not installed, before anything heavy is imported.
+
+    Raises:
+        UserError: names the package.
+    """
+    package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(cfg.optimizer)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f'optimizer "{cfg.optimizer}" needs a package that is not installed: pip install {package}'
+        )
+
+
+def folder_options(cfg: Any) -> dict[str, Any]:
+    keys = (
+        "caption_column",
+        "missing_captions",
+        "broken_images",
+        "allow_symlinks",
+        "max_image_pixels",
+        "max_aspect",
+    )
+    return {key: getattr(cfg, key) for key in keys}
+
+
+def read_table(cfg: Any) -> Table:
+    """The checked rows of `data_dir` or of `dataset_name`."""
+    if cfg.data_dir is not None:
+        return read_folder(Path(cfg.data_dir), **folder_options(cfg))
+    options = folder_options(cfg)
+    del options["caption_column"], options["allow_symlinks"]
+    return read_rows(_dataset_records(cfg), **options)
+
+
+def _load_dataset(cfg: Any) -> Any:
+    """One split of a Hugging Face dataset, from a folder that save_to_disk wrote or through its builder."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    saved = [Path(cfg.dataset_name) / name for name in ("dataset_info.json", "dataset_dict.json")]
+    if not any(path.exists() for path in saved):
+        return datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, split=cfg.dataset_split)
+    dataset = datasets.load_from_disk(cfg.dataset_name)
+    return dataset[cfg.dataset_split] if isinstance(dataset, datasets.DatasetDict) else dataset
+
+
+def _dataset_records(cfg: Any) -> Iterator[tuple[str, bytes, Any]]:
+    """(name, bytes of the picture, caption) of each row of a Hugging Face dataset."""
+    import datasets
+
+    where = f"dataset_name {cfg.dataset_name}"
+    try:
+        dataset = _load_dataset(cfg)
+    except Exception as error:  # each builder raises its own kinds
+        raise UserError(f"{where}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    caption = cfg.caption_column or "text"
+    missing = [name for name in (cfg.image_column, caption) if name not in dataset.column_names]
+    if missing:
+        raise UserError(
+            f"{where}: no column {' or '.join(missing)} (image_column, caption_column); its columns are "
+            f"{', '.join(dataset.column_names)}"
+        )
+    try:
+        dataset = dataset.select_columns([cfg.image_column, caption])
+        dataset = dataset.cast_column(cfg.image_column, datasets.Image(decode=False))
+    except Exception as error:  # arrow and datasets raise their own kinds
+        raise UserError(f"{where}: image_column {cfg.image_column} holds no pictures ({error})") from None
+    for number, record in enumerate(dataset):
+        image: dict[str, Any] = record[cfg.image_column] or {"bytes": b""}
+        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        yield f"row {number}", content, record[caption]
+
+
+def _notes(table: Table, shapes: tuple[Shape, ...], validation: Table | None) -> Iterator[str]:
+    yield from table.warnings
+    yield from validation.warnings if validation else ()
+    small = [r.name for r, (w, h) in zip(table.rows, shapes, strict=True) if r.width < w or r.height < h]
+    if small:
+        names = ", ".join(small[:5])
+        yield f"{len(small)} picture(s) are smaller than they are trained at and will be enlarged: {names}"
+    if validation:
+        same = {row.sha256 for row in table.rows} & {row.sha256 for row in validation.rows}
+        if same:
+            count = f"{len(same)} picture(s)"
+            yield f"{count} are in both data_dir and validation_data_dir: their loss proves nothing"
+
+
+# ---- what the run will need ----
+
+
+Views = list[list[View]]  # of each row
+
+
+def training_views(cfg: Any, plan: Plan) -> Views:
+    crops = cfg.random_crops if cfg.crop == "random" else 1
+    rows = zip(plan.table.rows, plan.shapes, strict=True)
+    return [views_of(row, shape, flip=cfg.random_flip, crops=crops) for row, shape in rows]
+
+
+def validation_views(plan: Plan) -> Views:
+    rows = plan.validation.rows if plan.validation else ()
+    return [views_of(row, shape) for row, shape in zip(rows, plan.validation_shapes, strict=True)]

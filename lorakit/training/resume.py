@@ -1,0 +1,82 @@
+"""Whether a checkpoint belongs to the run that a config describes. No torch here."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lorakit.ground.errors import UserError
+from lorakit.training.plan import Plan
+
+STATE_VERSION = 1
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The counters and the config of a checkpoint.
+
+    Raises:
+        UserError: it was written by another version of this toolkit.
+    """
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("version") != STATE_VERSION:
+        raise UserError(
+            f"{folder}: its state has version {state.get('version')}, this toolkit reads version "
+            f"{STATE_VERSION}; resume it with the version that wrote it"
+        )
+    return state
+
+
+def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
+    """What a checkpoint keeps of config and data, to compare with when it is resumed."""
+    return {
+        "config": cfg.model_dump(mode="json"),
+        "dataset": plan.table.fingerprint,
+        "resolution": plan.resolution,
+        "total_batch": plan.total_batch,
+        "validation": validation_record(cfg, plan),
+    }
+
+
+def validation_record(cfg: Any, plan: Plan) -> list[Any]:
+    """What the validation loss depends on besides the LoRA: losses of another record do not compare."""
+    table = plan.validation or plan.table
+    return [table.fingerprint, cfg.validation_timesteps, cfg.validation_images]
+
+
+def check_resume(
+    cfg: Any, plan: Plan, folder: Path, *, fixed: Collection[str], applied: Collection[str]
+) -> list[str]:
+    """Refuse a checkpoint of another run; return what changed and is applied, one line each.
+
+    Raises:
+        UserError: a key changed that would make another run of it, or the pictures or captions did, or the
+            checkpoint is past the last step.
+    """
+    state = read_state(folder)
+    old, new = state["config"], cfg.model_dump(mode="json")
+    changed = {key for key in new if key in old and old[key] != new[key]}
+    lines = [f"{key}: {old[key]} -> {new[key]}" for key in sorted(changed & set(fixed))]
+    if state["total_batch"] != plan.total_batch:
+        lines.append(f"samples per step: {state['total_batch']} -> {plan.total_batch} (set total_batch_size)")
+    if plan.base.known and state["resolution"] != plan.resolution:
+        lines.append(f"resolution: {state['resolution']} -> {plan.resolution}")
+    if lines:
+        raise UserError(
+            f"{folder} was trained otherwise:\n  "
+            + "\n  ".join(lines)
+            + "\nset these back, or start a new ckpt_name"
+        )
+    if state["dataset"] != plan.table.fingerprint and not cfg.allow_data_change:
+        raise UserError(
+            f"{folder}: pictures or captions changed since; put them back, start a new ckpt_name, or set "
+            "allow_data_change to true"
+        )
+    if state["step"] > plan.steps:
+        raise UserError(
+            f"{folder} is at step {state['step']}, past the {plan.steps} steps that n_epochs or "
+            "max_train_steps ask for; raise them, or resume from an earlier checkpoint"
+        )
+    notes = [f"{key}: {old[key]} -> {new[key]}, from here on" for key in sorted(changed & set(applied))]
+    if state["step"] == plan.steps:
+        notes.append(f"nothing to do: step {plan.steps} of {plan.steps} is done")
+    return notes

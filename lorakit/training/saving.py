@@ -1,0 +1,149 @@
+"""A run on disk: checkpoints that resume exactly, and LoRA files that are checked before they count."""
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+
+from lorakit.diffusion import lora
+from lorakit.diffusion.models import Base
+from lorakit.ground.errors import OutputError
+from lorakit.ground.publish import publish_file
+from lorakit.ground.runs import publish_checkpoint
+from lorakit.training.lora_check import verify_file, verify_in_diffusers
+from lorakit.training.plan import Plan, result_paths
+from lorakit.training.resume import STATE_VERSION, read_state
+from lorakit.weights.lora_file import LoraPair, component_of, lora_bytes, read_lora
+from lorakit.weights.lora_metadata import Component, training_metadata
+from lorakit.weights.optimizer_state import pack_optimizer, unpack_optimizer
+from lorakit.weights.tensors import serialize
+
+Modules = dict[str, LoraPair]
+
+
+# ---- checkpoints ----
+
+
+def live_modules(unet, text_encoder) -> Modules:
+    """A copy of the LoRA as it stands, by kohya name."""
+    modules = lora.extract(unet, "unet")
+    return modules if text_encoder is None else modules | lora.extract(text_encoder, "text_encoder")
+
+
+def save_checkpoint(
+    run: Path, state: dict[str, Any], unet, text_encoder, optimizer, scaler, best: Modules | None
+) -> Path:
+    """Publish `checkpoint-<step>`: LoRA, optimizer and counters as safetensors and JSON.
+
+    Randomness has no state to save (lorakit.ground.randomness).
+    """
+    libraries = ("torch", "diffusers", "peft", "accelerate", "transformers")
+    tensors, packed = pack_optimizer(optimizer.state_dict())
+    state = state | {
+        "version": STATE_VERSION,
+        "optimizer": packed,
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "libraries": {name: version(name) for name in libraries},
+    }
+    files = {
+        "lora.safetensors": lora_bytes(live_modules(unet, text_encoder), layout="diffusers", metadata={}),
+        "optimizer.safetensors": serialize(tensors, {}),
+        "state.json": json.dumps(state, indent=1).encode(),
+    }
+    if best is not None:
+        files["best.safetensors"] = lora_bytes(best, layout="diffusers", metadata={})
+    return publish_checkpoint(run, state["step"], files)
+
+
+def load_checkpoint(
+    folder: Path, unet, text_encoder, optimizer, scaler
+) -> tuple[dict[str, Any], Modules | None]:
+    """Put a verified checkpoint back; return its counters and the best LoRA so far."""
+    state = read_state(folder)
+    insert_modules(read_lora(folder / "lora.safetensors").modules, unet, text_encoder)
+    tensors = load_tensors((folder / "optimizer.safetensors").read_bytes())
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):  # a changed config counts
+        group["weight_decay"] = decay
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    best = folder / "best.safetensors"
+    return state, read_lora(best).modules if best.exists() else None
+
+
+def insert_modules(modules: Modules, unet, text_encoder) -> None:
+    """Put a LoRA into the live layers, exactly."""
+    models: dict[Component, Any] = {"unet": unet, "text_encoder": text_encoder}
+    for part, model in models.items():
+        own = {name: pair for name, pair in modules.items() if component_of(name) == part}
+        if model is not None:
+            lora.insert(model, part, own)
+
+
+# ---- LoRA files ----
+
+
+def write_lora(
+    path: Path,
+    layout: Any,
+    cfg: Any,
+    plan: Plan,
+    modules: Modules,
+    step: int,
+    check: Callable[[Path], None] = lambda path: None,
+) -> None:
+    """Publish one LoRA file once it was read back and compared; `check` may look at it as well before.
+
+    Its bytes follow from config, data and versions alone.
+    """
+    base, pictures = plan.base, len(plan.table.rows)
+    metadata = training_metadata(
+        name=cfg.ckpt_name,
+        rank=cfg.rank,
+        alpha=cfg.lora_alpha or cfg.rank,
+        config=cfg.model_dump(mode="json"),
+        base_name=base.name,
+        cross_attention_dim=base.cross_attention_dim,
+        prediction_type=cfg.prediction_type or base.prediction_type,
+        resolution=plan.resolution,
+        steps=step,
+        epochs=step * plan.total_batch // pictures,
+        num_images=pictures,
+    )
+    dtype = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[cfg.save_dtype]
+    content = lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+        verify_file(temporary, modules, dtype)
+        check(temporary)
+
+    publish_file(path, write)
+
+
+def publish_lora(cfg: Any, plan: Plan, base: Base, modules: Modules, step: int) -> list[Path]:
+    """Write the LoRA file (two for save_format "both"), each loaded by diffusers beside the live one first.
+
+    Raises:
+        OutputError: what diffusers makes of the file is not what was trained; an earlier file stays.
+    """
+    text_encoder = base.text_encoder if cfg.train_text_encoder else None
+    insert_modules(modules, base.unet, text_encoder)
+    exact = cfg.save_dtype == "float32" and base.dtype == torch.float32
+
+    def check(path: Path) -> None:
+        difference = verify_in_diffusers(path, base.unet, text_encoder)
+        if difference > (1e-4 if exact else 0.1):
+            raise OutputError(
+                f"diffusers reads something else from the LoRA (output differs by {difference:.3g})"
+            )
+
+    paths = result_paths(cfg)
+    for path, layout in paths.items():
+        write_lora(path, layout, cfg, plan, modules, step, check)
+    return list(paths)

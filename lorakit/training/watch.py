@@ -1,0 +1,173 @@
+"""What is seen of a run while it trains: metrics, validation loss, sample sheets. None of it alters the run.
+
+The loss of one random timestep is noise. What is shown is a running mean, and what judges is the loss at
+fixed timesteps with fixed noise.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.diffusion.lora import lora_disabled
+from lorakit.diffusion.models import Base, evaluating
+from lorakit.diffusion.schedule import NoiseSchedule
+from lorakit.ground.publish import publish_file
+from lorakit.ground.runs import MetricsFile
+from lorakit.pictures.images import load_image, save_png
+from lorakit.pictures.sheet import contact_sheet
+from lorakit.sampling.samplers import sample_images
+from lorakit.training.data import TrainingData
+from lorakit.training.objectives import OBJECTIVES
+
+log = logging.getLogger(__name__)
+SMOOTHING = 0.98  # of the running mean, per step
+MAX_COLUMNS = 8  # of a sample sheet, besides the one without LoRA
+
+
+class Metrics:
+    """Losses and gradient norms, fetched from the device every few steps only, so that no step waits.
+
+    Args:
+        accelerator: reduces over processes and forwards to trackers.
+        path: metrics.jsonl.
+        bar: a tqdm bar.
+        images: pictures per step.
+        smoothed: the running mean so far, from a checkpoint.
+    """
+
+    def __init__(self, accelerator, path: Path, bar, images: int, smoothed: float | None = None):
+        self.accelerator, self.file, self.bar, self.images = accelerator, MetricsFile(path), bar, images
+        self.smoothed = smoothed
+        self.overflows = 0  # in a row; the fp16 scaler skips such steps
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.since = time.perf_counter()
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        self.pending.append((step, loss.detach(), grad_norm.detach(), lr))
+
+    def flush(self) -> int | None:
+        """Write what is pending. Return the first step whose loss or gradient is not finite, if any."""
+        if not self.pending:
+            return None
+        losses = self.accelerator.reduce(torch.stack([p[1].float() for p in self.pending]), "mean").tolist()
+        norms = torch.stack([p[2].float() for p in self.pending]).tolist()
+        now = time.perf_counter()
+        rate = len(self.pending) * self.images / max(now - self.since, 1e-9)
+        broken = None
+        for (step, _, _, lr), loss, norm in zip(self.pending, losses, norms, strict=True):
+            self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+            if not math.isfinite(loss) or self.overflows > (0 if self.accelerator.scaler is None else 10):
+                broken = step
+                break
+            keep = min(SMOOTHING, 1 - 1 / step)  # at first a plain mean, in which no loss weighs more
+            self.smoothed = keep * (self.smoothed or 0.0) + (1 - keep) * loss
+            record = {"step": step, "loss": loss, "loss_smoothed": self.smoothed, "grad_norm": norm, "lr": lr}
+            self.write(record | {"images_per_second": rate})
+        self.bar.update(len(self.pending))
+        self.bar.set_postfix_str(f"loss {self.smoothed or math.nan:.4f}, {rate:.1f} images/s")
+        self.pending, self.since = [], now
+        return broken
+
+    def write(self, record: dict[str, float | int]) -> None:
+        """One line of metrics.jsonl, and the same for the trackers; one that fails does not end the run."""
+        if not self.accelerator.is_main_process:
+            return
+        self.file.append(record)
+        if self.accelerator.trackers:
+            values = {key: value for key, value in record.items() if key != "step"}
+            try:
+                self.accelerator.log(values, step=int(record["step"]))
+            except Exception as error:  # a full disk, a server that is gone: each tracker raises its own kind
+                log.warning("tracking stopped, training goes on: %s", error)
+                self.accelerator.trackers = []
+
+    def pause(self) -> None:
+        """Leave out of images/s what was not training."""
+        self.since = time.perf_counter()
+
+
+def validation_loss(
+    data: TrainingData, unet, text_encoder, schedule: NoiseSchedule, cfg: Any, accelerator
+) -> float:
+    """Mean loss of up to `validation_images` pictures, at fixed timesteps with fixed noise.
+
+    Each process takes its share of the pictures; the result is the same on all of them. Pictures are spread
+    evenly over the table, so that the first folder does not stand for all.
+    """
+    count = min(cfg.validation_images, len(data.table.rows))
+    rows = [i * len(data.table.rows) // count for i in range(count)]
+    models = [unet] if text_encoder is None else [unet, text_encoder]
+    total = torch.zeros(())
+    with evaluating(*models), accelerator.autocast():
+        for row in rows[accelerator.process_index :: accelerator.num_processes]:
+            batch = data.fixed_batch(row, cfg.validation_timesteps)
+            embeds = batch.text_states(text_encoder)
+            total += OBJECTIVES[cfg.objective](unet, batch, schedule, embeds, cfg.snr_gamma).mean().cpu()
+    return float(accelerator.reduce(total.to(accelerator.device), "sum")) / count
+
+
+class SampleSheet:
+    """Samples of fixed prompts and seeds over the run: a row each, a column per step, one without LoRA."""
+
+    def __init__(self, folder: Path, base: Base, text_encoder, prompts: Sequence[str], embed, **options):
+        self.folder, self.base, self.text_encoder = folder, base, text_encoder
+        self.prompts, self.embed, self.options = prompts, embed, options
+
+    def draw(self, step: int) -> None:
+        """Sample at `step` and draw the sheet anew. A failure is a warning: it must not end the run."""
+        try:
+            self._forget_others()
+            if not self._files(0):
+                with lora_disabled(self.base.unet, self.text_encoder):
+                    self._sample(0)
+            self._sample(step)
+            self._draw_sheet()
+        except Exception as error:
+            kind = type(error).__name__
+            log.warning("samples at step %d failed, training goes on: %s: %s", step, kind, error)
+        finally:
+            self.base.park(keep_text_encoder=True)
+
+    def _forget_others(self) -> None:
+        """Remove the pictures of other prompts, seeds or sampler settings, which a sheet would mislabel."""
+        text = json.dumps({"prompts": self.prompts, **self.options}, indent=1)
+        record = self.folder / "settings.json"
+        if not record.exists() or record.read_text(encoding="utf-8") != text:
+            for path in self.folder.glob("????????-*.png"):
+                path.unlink()
+            publish_file(record, text.encode())
+
+    def _files(self, step: int) -> list[Path]:
+        return sorted(self.folder.glob(f"{step:08d}-*.png"))
+
+    def _sample(self, step: int) -> None:
+        models = [self.base.unet] if self.text_encoder is None else [self.base.unet, self.text_encoder]
+        with evaluating(*models):
+            prompt_embeds, negative_embeds = self.embed()
+            rows = (sample_images(self.base, row, negative_embeds, **self.options) for row in prompt_embeds)
+            images = [image for row in rows for image in row]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            save_png(image, self.folder / f"{step:08d}-{number:02d}.png")
+
+    def _draw_sheet(self) -> None:
+        steps = sorted({int(path.name[:8]) for path in self.folder.glob("????????-*.png")})
+        later = steps[1:]
+        if len(later) > MAX_COLUMNS:  # evenly spaced, the last among them
+            later = [later[(i + 1) * len(later) // MAX_COLUMNS - 1] for i in range(MAX_COLUMNS)]
+        columns = [[load_image(path) for path in self._files(step)] for step in [0, *later]]
+        seeds = self.options["seeds"]
+        labels = [f"{prompt} · seed {seed}" for prompt in self.prompts for seed in seeds]
+        sheet = contact_sheet(
+            [list(row) for row in zip(*columns, strict=True)],
+            row_labels=labels,
+            column_labels=["without LoRA", *(f"step {step}" for step in later)],
+        )
+        save_png(sheet, self.folder / "sheet.png")

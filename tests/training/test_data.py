@@ -1,0 +1,266 @@
+"""Sample order, caches and batches."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorakit.diffusion.models import Base
+from lorakit.pictures.folder import read_folder
+from lorakit.pictures.views import views_of
+from lorakit.training.data import (
+    Augmentation,
+    Latents,
+    TrainingData,
+    cache_text_states,
+    encode_views,
+    missing_views,
+    read_entry,
+    sample_order,
+    write_entry,
+)
+from lorakit.weights.base import inspect_base, weights_hash
+
+CPU = torch.device("cpu")
+
+
+def cache_latents(views, base, cache_dir, vae_hash="vae", threads=0) -> int:
+    """Encode what is missing; return how many that were."""
+    missing = missing_views(views, cache_dir, vae_hash)
+    encoding = encode_views(missing, base, cache_dir, vae_hash, image_options={}, threads=threads)
+    return len(list(encoding))
+
+
+PLAIN = Augmentation()
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return Base(inspect_base(str(tiny_base)))
+
+
+@pytest.fixture
+def make_data(base, pictures, tmp_path):
+    """Factory of TrainingData over the small pictures at 16x16, with a cache of its own."""
+
+    def make(augmentation=PLAIN, seed=0, flip=False, crops=1, budget=(1 << 30, 1 << 30)):
+        table = read_folder(pictures)
+        rows = [views_of(row, (16, 16), flip=flip, crops=crops) for row in table.rows]
+        views = [view for row in rows for view in row]
+        cache_latents(views, base, tmp_path, "vae")
+        prompts = ["", *(row.caption for row in table.rows)]
+        return TrainingData(
+            table,
+            [(16, 16)] * 4,
+            Latents([view.entry(tmp_path, "vae") for view in views], CPU, budget),
+            [len(row) for row in rows],
+            base,
+            text_states=cache_text_states(prompts, base, tmp_path, "text"),
+            token_ids=None,
+            augmentation=augmentation,
+            num_timesteps=1000,
+            seed=seed,
+        )
+
+    return make
+
+
+# ---- order ----
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("total_batch", [1, 2, 3, 5])
+def test_one_bucket_shows_every_picture_equally_often(seed, total_batch):
+    order = sample_order(seed, ["a"] * 7, total_batch, steps=7 * 4)
+    assert order.shape == (28, total_batch)
+    assert (np.bincount(order.ravel(), minlength=7) == 4 * total_batch).all()
+    for epoch in order.ravel()[: 7 * (order.size // 7)].reshape(-1, 7):
+        assert sorted(epoch) == list(range(7))
+
+
+def test_epochs_are_shuffled_differently_and_by_seed():
+    order = sample_order(0, ["a"] * 50, 1, 100).ravel()
+    assert list(order[:50]) != list(order[50:])
+    assert list(order) != list(sample_order(1, ["a"] * 50, 1, 100).ravel())
+
+
+def test_a_step_shows_one_bucket_and_buckets_get_their_share():
+    buckets = ["wide"] * 6 + ["tall"] * 3 + ["square"]
+    order = sample_order(0, buckets, 4, steps=100)
+    for step in order:
+        assert len({buckets[row] for row in step}) == 1
+    counts = np.bincount(order.ravel(), minlength=10) / 40
+    assert np.abs(counts - 1).max() < 0.15  # each picture within 15 % of its epochs
+
+
+def test_fewer_pictures_than_the_batch_still_fill_it():
+    assert sample_order(0, ["a"], 4, 3).tolist() == [[0] * 4] * 3
+
+
+def test_a_longer_run_begins_like_a_shorter_one():
+    buckets = ["a", "a", "b"]
+    np.testing.assert_array_equal(sample_order(3, buckets, 2, 40)[:10], sample_order(3, buckets, 2, 10))
+
+
+# ---- caches ----
+
+
+def test_an_entry_comes_back_exactly(tmp_path):
+    tensor = torch.randn(8, 3, 5)
+    write_entry(tmp_path / "x.safetensors", tensor)
+    assert torch.equal(read_entry(tmp_path / "x.safetensors"), tensor)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: b"",
+        lambda d: d[:-1],
+        lambda d: d[:20],
+        lambda d: d[:-1] + bytes([d[-1] ^ 1]),
+        lambda d: b"x" * len(d),
+    ],
+)
+def test_a_damaged_entry_is_no_entry(tmp_path, damage):
+    path = tmp_path / "x.safetensors"
+    write_entry(path, torch.randn(8, 3, 5))
+    path.write_bytes(damage(path.read_bytes()))
+    assert read_entry(path) is None
+
+
+def test_only_what_is_missing_or_damaged_is_encoded(base, pictures, tmp_path):
+    views = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows]
+    assert cache_latents(views, base, tmp_path, "vae", threads=2) == 4
+    first = read_entry(views[0].entry(tmp_path, "vae"))
+    assert cache_latents(views, base, tmp_path, "vae") == 0
+    views[0].entry(tmp_path, "vae").write_bytes(b"damaged")
+    assert cache_latents(views, base, tmp_path, "vae") == 1
+    assert torch.equal(read_entry(views[0].entry(tmp_path, "vae")), first)
+    assert cache_latents(views, base, tmp_path, "another vae") == 4
+
+
+def test_an_edited_picture_is_encoded_again_under_the_same_name(base, pictures, tmp_path):
+    row = read_folder(pictures).rows[0]
+    cache_latents(views_of(row, (16, 16)), base, tmp_path, "vae")
+    edited = replace(row, sha256="0" * 64)
+    assert cache_latents(views_of(edited, (16, 16)), base, tmp_path, "vae") == 1
+
+
+def test_cached_moments_are_those_of_the_vae(base, pictures, tmp_path):
+    from lorakit.pictures.images import load_image
+
+    view = views_of(read_folder(pictures).rows[1], (16, 16))[0]
+    cache_latents([view], base, tmp_path, "vae")
+    pixels = torch.from_numpy(view.pixels(load_image(view.row.source)))[None]
+    torch.testing.assert_close(
+        read_entry(view.entry(tmp_path, "vae")), base.encode(pixels)[0], rtol=0, atol=0
+    )
+
+
+def test_what_was_encoded_before_a_stop_stays(base, pictures, tmp_path):
+    views = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows]
+    encoding = encode_views(views, base, tmp_path, "vae", image_options={})
+    assert [next(encoding), next(encoding)] == views[:2]
+    encoding.close()
+    assert missing_views(views, tmp_path, "vae") == views[2:]
+
+
+@pytest.mark.parametrize(
+    ("budget", "where"), [((1 << 30, 0), "cpu"), ((0, 1 << 30), "memory"), ((0, 0), "disk")]
+)
+def test_latents_are_the_same_wherever_they_lie(make_data, budget, where):
+    held = make_data(budget=budget)
+    assert held.latents.where == where
+    batch, reference = held.batch([0, 3], [5, 6]), make_data().batch([0, 3], [5, 6])
+    assert torch.equal(batch.latents, reference.latents)
+
+
+def test_text_states_are_those_of_the_text_encoder_and_survive_without_it(base, tmp_path, tiny_base):
+    prompt = "a photo of mountains"
+    states = cache_text_states([prompt, ""], base, tmp_path, "text")
+    expected = base.text_encoder(base.tokenize([prompt]))[0][0]
+    torch.testing.assert_close(states[prompt], expected, rtol=0, atol=0)
+    fresh = Base(inspect_base(str(tiny_base)))
+    assert torch.equal(cache_text_states([prompt], fresh, tmp_path, "text")[prompt], states[prompt])
+    assert "text_encoder" not in vars(fresh)  # never loaded
+
+
+# ---- batches ----
+
+
+def test_a_sample_does_not_depend_on_its_batch(make_data):
+    data = make_data(Augmentation(noise_offset=0.1, caption_dropout=0.3), flip=True, crops=4)
+    together = data.batch([0, 3, 0], [10, 11, 12])
+    for i, (row, position) in enumerate([(0, 10), (3, 11), (0, 12)]):
+        alone = data.batch([row], [position])
+        for name in ("latents", "noise", "timesteps", "prompt_embeds"):
+            assert torch.equal(getattr(together, name)[i], getattr(alone, name)[0]), name
+
+
+def test_the_same_picture_gets_new_noise_timestep_and_latent_each_time(make_data):
+    batch = make_data().batch([0, 0], [1, 2])
+    assert not torch.equal(batch.noise[0], batch.noise[1])
+    assert not torch.equal(batch.latents[0], batch.latents[1])
+    assert batch.timesteps[0] != batch.timesteps[1]
+
+
+def test_seed_changes_everything_and_options_change_nothing_else(make_data):
+    plain, other = make_data().batch([0], [1]), make_data(seed=1).batch([0], [1])
+    assert not torch.equal(plain.noise, other.noise)
+    dropped = make_data(Augmentation(caption_dropout=1.0)).batch([0], [1])
+    assert torch.equal(plain.noise, dropped.noise) and torch.equal(plain.timesteps, dropped.timesteps)
+    assert not torch.equal(plain.prompt_embeds, dropped.prompt_embeds)
+
+
+def test_latents_are_drawn_from_the_posterior(make_data, base):
+    data = make_data()
+    mean, logvar = data.latents[0].chunk(2)
+    draws = torch.stack([data.batch([0], [p]).latents[0] for p in range(400)]) / base.scaling_factor
+    std = torch.exp(0.5 * logvar)
+    assert ((draws.mean(0) - mean).abs() / std).max() < 0.3
+    torch.testing.assert_close(draws.std(0), std, rtol=0.2, atol=0)
+
+
+def test_noise_offset_moves_whole_channels(make_data):
+    plain = make_data().batch([0] * 64, range(64)).noise
+    offset = make_data(Augmentation(noise_offset=0.5)).batch([0] * 64, range(64)).noise - plain
+    torch.testing.assert_close(
+        offset, offset.mean(dim=(2, 3), keepdim=True).expand_as(offset), rtol=0, atol=1e-5
+    )
+    assert abs(offset.mean(dim=(2, 3)).std() - 0.5) < 0.08
+
+
+def test_caption_dropout_drops_its_share(make_data):
+    data = make_data(Augmentation(caption_dropout=0.25))
+    dropped = sum(data._prompt(0, position) == "" for position in range(2000))
+    assert 440 < dropped < 560
+
+
+def test_flips_and_crops_are_drawn_evenly(make_data):
+    data = make_data(flip=True, crops=4)
+    assert data.views == [2, 8, 8, 2]  # a square has no other crop
+    seen = {
+        tuple(data.batch([1], [p]).latents.mean(dim=(0, 2, 3)).mul(50).round().tolist()) for p in range(200)
+    }
+    assert len(seen) >= 8
+
+
+def test_the_fixed_batch_never_changes_and_spreads_its_timesteps(make_data):
+    first, again = make_data(seed=0).fixed_batch(0, 4), make_data(seed=9).fixed_batch(0, 4)
+    assert first.timesteps.tolist() == [125, 375, 625, 875]
+    assert torch.equal(first.noise, again.noise) and torch.equal(first.latents, again.latents)
+    assert not torch.equal(first.noise[0], first.noise[1])
+
+
+def test_samples_are_named_for_a_run_that_diverged(make_data):
+    text = make_data().describe([0, 2], [7, 8])
+    assert "0.png at timestep" in text and "2.png" in text
+
+
+def test_cache_names_are_hashes_of_real_weights(tiny_base):
+    info = inspect_base(str(tiny_base))
+    assert len(weights_hash(info.files["vae"])) == 64
+    assert json.loads((Path(tiny_base) / "vae/config.json").read_text())["scaling_factor"] == 0.5

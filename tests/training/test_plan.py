@@ -1,0 +1,100 @@
+"""What a plan says, against what then happens."""
+
+import pytest
+import torch
+
+from lorakit.diffusion.lora import add_lora
+from lorakit.diffusion.models import Base
+from lorakit.ground.config import load_config
+from lorakit.ground.process import launched_processes
+from lorakit.training.forecast import activation_bytes, describe_plan, lora_parameters
+from lorakit.training.plan import make_plan
+from lorakit.weights.base import inspect_base
+from train_lora import TrainConfig
+
+
+def config_of(arguments: list[str]) -> TrainConfig:
+    return load_config(TrainConfig, "cfg/mountain.json", arguments).config
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+ff", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"train_text_encoder": True}, {"use_dora": True, "save_format": "diffusers"}]
+)
+def test_parameters_are_counted_as_they_will_be(settings, tiny_base, targets, options):
+    cfg = config_of(settings(target_modules=targets, **options))
+    base = Base(inspect_base(str(tiny_base)))
+    adapter = {"rank": cfg.rank, "alpha": cfg.rank, "targets": targets, "use_dora": cfg.use_dora}
+    params = add_lora(base.unet, **adapter)
+    if cfg.train_text_encoder:
+        params += add_lora(base.text_encoder, **adapter)
+    assert lora_parameters(cfg, base.info) == sum(p.numel() for p in params)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_activations_are_predicted_within_a_third(settings, batch):
+    """Against what autograd keeps on the miniature, at a size that the constants were not fitted to."""
+    cfg = config_of(
+        settings(pretrained_model_name_or_path="ckpt/miniature", resolution=256, train_batch_size=batch)
+    )
+    predicted = activation_bytes(cfg, make_plan(cfg))
+    base = Base(inspect_base("ckpt/miniature"))
+    params = add_lora(base.unet, rank=4, alpha=4)
+    base.unet.train()
+    own = {p.untyped_storage().data_ptr() for p in base.unet.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        base.unet(
+            torch.zeros(batch, base.info.latent_channels, 32, 32),
+            torch.tensor([500]),
+            torch.zeros(batch, 32, 128),
+        )
+    measured = sum(size for pointer, size in kept.items() if pointer not in own)
+    assert params and predicted == pytest.approx(measured, rel=1 / 3)
+
+
+def test_the_plan_says_what_will_happen(settings, pictures):
+    cfg = config_of(settings(n_epochs=5, max_train_steps=None))
+    text = describe_plan(cfg, make_plan(cfg))
+    for words in (
+        "20 of 1 sample(s): 5 epochs",
+        "on 2 processes 10",
+        "4 from",
+        "0 of 4 latents",
+        "0.png",
+        "rank 4",
+    ):
+        assert words in text
+
+
+def test_the_cache_line_counts_what_is_there(trained, settings):
+    trained(max_train_steps=1)
+    cfg = config_of(settings())
+    assert "4 of 4 latents" in describe_plan(cfg, make_plan(cfg))
+
+
+def test_buckets_are_shown(settings):
+    cfg = config_of(settings(aspect_ratio_buckets=True, resolution=32))
+    text = describe_plan(cfg, make_plan(cfg))
+    assert "buckets" in text and "32x32: 2" in text
+
+
+def test_long_captions_are_shown_with_what_is_lost(settings, pictures, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(pictures, tmp_path / "long")
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("mountains 0", "a photo of mountains " * 20 + "meadow"))
+    cfg = config_of(settings(data_dir=str(folder)))
+    lines = describe_plan(cfg, make_plan(cfg))
+    assert "metadata.jsonl:1" in lines and "32 are read; lost:" in lines and "meadow" in lines
+
+
+def test_processes_come_from_the_launcher():
+    assert launched_processes({}) == (0, 1)
+    assert launched_processes({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "x"}) == (1, 4)
