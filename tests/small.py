@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,29 @@ SHORT_RUN: dict[str, Any] = dict(
 def settings_of(**values: object) -> list[str]:
     """`key=value` for the command line."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def processors(bytes_each: int) -> int:
+    """Processors for this process, in its control group, with memory for each to work; 1 at least."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = Path("/sys/fs/cgroup/cpu.max")
+    if share.exists() and not (words := share.read_text().split())[0].startswith("max"):
+        count = min(count, round(int(words[0]) / int(words[1])))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(count, memory // bytes_each))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(script: str, arguments: list[str]) -> list[str]:
+    """The command line of two processes; at a port of their own, for other tests run beside this one."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return [*launcher, "--master_port", str(free_port()), script, *arguments]
 
 
 def full_disk(monkeypatch: "pytest.MonkeyPatch", at: int) -> Callable[[], int]:

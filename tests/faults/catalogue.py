@@ -347,7 +347,7 @@ ROWS = (
         (
             f"{DATA}taken",
             f"{DATA}d17_every_picture_is_shown_when_the_batch_is_larger_than_the_data",
-            f"{DATA}d17_a_hundred_thousand_lines_are_refused_in_seconds_and_in_a_screenful",
+            f"{DATA}d17_a_hundred_thousand_lines_are_refused_in_linear_time_and_in_a_screenful",
             "test_data.py::test_fewer_pictures_than_the_batch_still_fill_it",
         ),
     ),

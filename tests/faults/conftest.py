@@ -3,22 +3,14 @@
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Result, Server
+from harness import ROOT, Result
 from small import settings_of
 
 from lorakit.ground.process import run_guarded
-
-
-@pytest.fixture(scope="session")
-def command() -> Iterator[Server]:
-    """Runs `SCRIPT ARGUMENTS` as a process of its own: `command("train_lora", [...])`."""
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture
