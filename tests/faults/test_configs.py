@@ -15,10 +15,10 @@ from harness import ROOT, SCRIPTS, assert_refused, snapshot
 from generate import GenerateConfig
 from invert import InvertConfig
 from lorakit.ground.config import load_config
+from lorakit.training.config import TrainConfig
 from mix_lora import VERBS
 from morph import MorphConfig
 from style_transfer import StyleConfig
-from train_lora import TrainConfig
 
 NUMBER = {
     "train_lora": "rank",
