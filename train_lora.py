@@ -21,18 +21,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorakit.ground.config import Config, parse_command
+from lorakit.ground.checkpoints import find_resume, prune_checkpoints, verify_checkpoint
+from lorakit.ground.command import parse_command
+from lorakit.ground.config import Config
 from lorakit.ground.errors import DivergedError, StoppedError, UserError
 from lorakit.ground.process import StopFlag, launched_processes, run_guarded
 from lorakit.ground.publish import check_writable, publish_file
-from lorakit.ground.runs import (
-    claim_run,
-    find_resume,
-    lock_run,
-    prune_checkpoints,
-    set_aside_after,
-    verify_checkpoint,
-)
+from lorakit.ground.runs import claim_run, lock_run, set_aside_after
 from lorakit.training.forecast import checkpoint_bytes, describe_plan, lost_tokens
 from lorakit.training.plan import Plan, make_plan, missing_packages, result_paths
 from lorakit.training.resume import check_resume, run_record, validation_record

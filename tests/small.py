@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,30 @@ SHORT_RUN: dict[str, Any] = dict(
 def settings_of(**values: object) -> list[str]:
     """`key=value` for the command line."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def short_morph(base: Path, pictures: Path, loras: Mapping[int, Path], count: int) -> dict[str, Any]:
+    """A morph of a few frames through pictures of a folder; picture k has LoRA k, if there is one."""
+    images = [
+        {
+            "path": str(pictures / f"{k}.png"),
+            "prompt": f"a photo of mountains {k}",
+            "lora": str(loras[k]) if k in loras else None,
+        }
+        for k in range(count)
+    ]
+    return dict(
+        pretrained_model_name_or_path=str(base),
+        images=images,
+        train_if_missing=False,
+        frames=5,
+        num_inference_steps=6,
+        probe_steps=3,
+        probe_points=5,
+        name="film",
+        formats=[],
+        min_side=16,
+    )
 
 
 def full_disk(monkeypatch: "pytest.MonkeyPatch", at: int) -> Callable[[], int]:

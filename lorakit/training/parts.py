@@ -13,7 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from lorakit.diffusion.models import Base
-from lorakit.ground.runs import checkpoints
+from lorakit.ground.checkpoints import checkpoints
 from lorakit.pictures.folder import Table
 from lorakit.training.data import (
     Augmentation,

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from harness import ROOT, SCRIPTS, assert_refused, snapshot
 
-from generate import GenerateConfig
 from invert import InvertConfig
 from lorakit.ground.config import load_config
-from mix_lora import VERBS
+from lorakit.sampling.generate_plan import GenerateConfig
+from lorakit.sampling.style_plan import StyleConfig
+from lorakit.weights.verbs import VERBS
 from morph import MorphConfig
-from style_transfer import StyleConfig
 from train_lora import TrainConfig
 
 NUMBER = {

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 
 import train_lora
 from lorakit.ground import publish, runs
+from lorakit.ground.checkpoints import checkpoints, verify_checkpoint
 from lorakit.ground.config import load_config, schema
 from lorakit.ground.process import run_guarded
-from lorakit.ground.runs import checkpoints, verify_checkpoint
 from lorakit.training import objectives
 from lorakit.training.data import read_entry
 from train_lora import TrainConfig

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lorakit.ground.errors import DivergedError, UserError
-from lorakit.weights.lora_file import LoraPair, base_of, kohya_name, lora_bytes, read_lora, unflatten
+from lorakit.weights.lora_file import LoraPair, base_of, kohya_name, lora_bytes, unflatten
+from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.tensors import payload_sha256, serialize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +150,7 @@ def test_dora_is_written_for_diffusers_and_refused_for_kohya(tmp_path):
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_bytes_are_the_same_twice_and_in_another_process(layout):
     code = (
-        "import hashlib, sys; sys.path.insert(0, 'tests'); import test_lora_file as t;"
+        "import hashlib, sys; sys.path.insert(0, 'tests/weights'); import test_lora_file as t;"
         "modules = dict(reversed(t.modules().items()));"
         "metadata = {f'ss_{i}': str(i) for i in reversed(range(9))};"
         f"print(hashlib.sha256(t.lora_bytes(modules, layout='{layout}', metadata=metadata)).hexdigest())"
