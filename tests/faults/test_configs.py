@@ -13,10 +13,10 @@ import pytest
 from harness import ROOT, SCRIPTS, assert_refused, snapshot
 
 from generate import GenerateConfig
-from invert import InvertConfig
+from lorakit.diffusion.inversion_plan import InvertConfig
+from lorakit.film.config import MorphConfig
 from lorakit.ground.config import load_config
 from mix_lora import VERBS
-from morph import MorphConfig
 from style_transfer import StyleConfig
 from train_lora import TrainConfig
 
@@ -156,7 +156,10 @@ def names_read(paths: list[Path]) -> set[str]:
 
 READ_BY = {
     "morph": ({**MorphConfig.model_fields}, ["morph.py", "lorakit"]),
-    "invert": ({**InvertConfig.model_fields}, ["invert.py"]),
+    "invert": (
+        {**InvertConfig.model_fields},
+        ["invert.py", "lorakit/diffusion/inversion_plan.py", "lorakit/diffusion/inversion_report.py"],
+    ),
     "generate": ({**GenerateConfig.model_fields}, ["generate.py", "lorakit"]),
     "style_transfer": ({**StyleConfig.model_fields}, ["style_transfer.py", "lorakit"]),
     "mix_lora": ({key: 1 for verb in VERBS.values() for key in verb.config.model_fields}, ["mix_lora.py"]),
