@@ -11,6 +11,7 @@ report.json.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def with_picture(argv: list[str]) -> list[str]:
     """`PICTURE` as `image=PICTURE`; what exists under its whole name, or has no =, is a file."""
 
     def names_picture(text: str) -> bool:
-        is_file = "=" not in text or Path(text).is_file()
+        is_file = "=" not in text or os.path.isfile(text)
         return is_file and not text.startswith("-") and Path(text).suffix.lower() in IMAGE_SUFFIXES
 
     pictures = [text for text in argv if names_picture(text)]

@@ -293,7 +293,7 @@ def diffmorpher(setup: Setup) -> Film:
 
 
 def lorakit(setup: Setup) -> Film:
-    """What morph.morph does from pictures to frames, without the files that show them."""
+    """What morph.make_film does from pictures to frames, without the files that show them."""
     cfg, plan, base = setup.cfg, setup.plan, setup.base
     schedule, names = base.noise_schedule(), list(setup.adapters.values())
     pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]

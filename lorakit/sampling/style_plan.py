@@ -1,6 +1,7 @@
 """What style_transfer.py will do: its keys, and the pictures, sizes and ControlNet that they name. No torch here."""
 
 import glob
+import os
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -54,13 +55,13 @@ def find_pictures(pattern: str) -> list[str]:
     Raises:
         UserError: none.
     """
-    path = Path(pattern)
-    if path.is_file():
+    if os.path.isfile(pattern):
         return [pattern]
-    names = [str(each) for each in path.iterdir()] if path.is_dir() else glob.glob(pattern, recursive=True)
+    is_folder = os.path.isdir(pattern)
+    names = [str(each) for each in Path(pattern).iterdir()] if is_folder else glob.glob(pattern, recursive=True)
     found = sorted(n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and Path(n).is_file())
     if not found:
-        what = "holds no picture" if path.is_dir() else "no such picture, folder or match"
+        what = "holds no picture" if is_folder else "no such picture, folder or match"
         raise UserError(f"image {pattern}: {what}; name a picture, a folder of them, or a pattern")
     return found
 

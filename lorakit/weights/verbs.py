@@ -2,9 +2,9 @@
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -131,14 +131,14 @@ def is_file(text: str, keys: Collection[str]) -> bool:
     name, equals, _ = text.partition("=")
     if name in keys and equals or text.startswith("-"):
         return False
-    is_setting = equals and re.fullmatch(r"[A-Za-z_]\w*", name) and not Path(name).exists()
-    return not text.endswith(".json") and (Path(text).exists() or not is_setting)
+    is_setting = equals and re.fullmatch(r"[A-Za-z_]\w*", name) and not os.path.exists(name)
+    return not text.endswith(".json") and (os.path.exists(text) or not is_setting)
 
 
 def parse_file(text: str) -> tuple[str, float | None]:
     """`a.safetensors=0.7` -> path and weight; what exists under its whole name is a path."""
     path, equals, number = text.rpartition("=")
-    if not equals or Path(text).exists():
+    if not equals or os.path.exists(text):
         return text, None
     try:
         weight = float(number)

@@ -113,6 +113,12 @@ def test_a_picture_may_be_named_alone_and_then_the_mountain_s_prompt_is_not_its_
         invert.main([str(path), str(odd)])
 
 
+@pytest.mark.parametrize("end", ["", ".jpg", " and a=b.png"])
+def test_a_long_prompt_is_no_path(arguments, capsys, end):
+    assert invert.main([*arguments("--check"), "prompt=" + "a lake, " * 50 + end]) == 0
+    assert " inversions in 4 steps" in capsys.readouterr().out
+
+
 def test_a_picture_keeps_its_aspect_or_has_the_size_that_is_asked_for(arguments, pictures, capsys):
     invert.main(arguments("--check", image=str(pictures / "1.png")))
     width, height = capsys.readouterr().out.split(" at ")[1].split(",")[0].split("x")

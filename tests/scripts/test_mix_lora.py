@@ -11,6 +11,7 @@ import torch
 
 import mix_lora
 from lorakit.diffusion.lora import add_lora, extract, load_lora
+from lorakit.ground.config_text import ConfigError
 from lorakit.ground.errors import UserError
 from lorakit.training.lora_check import verify_in_diffusers
 from lorakit.weights.lora_file import LoraPair, kohya_name, lora_bytes
@@ -283,6 +284,13 @@ def test_a_path_may_hold_an_equals_sign(tmp_path, capsys):
     path = write(tmp_path / "lr=1" / "w=2", lora(1))
     assert parse_file(path) == (path, None) and parse_file(f"{path}=-2e-1") == (path, -0.2)
     assert "rank        4, alpha 4: 4 modules" in run(capsys, "inspect", path)
+
+
+def test_a_long_setting_is_no_path(tmp_path):
+    path, long = write(tmp_path / "a.safetensors", lora(1)), "x" * 300
+    assert parse_file(f"{long}=0.5") == (long, 0.5)
+    with pytest.raises(ConfigError, match="note: unknown key"):
+        mix_lora.main(["mix", path, f"out={tmp_path / 'b.safetensors'}", f"note={long}"])
 
 
 def test_check_reads_and_writes_nothing(tmp_path, capsys):

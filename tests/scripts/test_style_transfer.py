@@ -147,6 +147,13 @@ def test_names_with_brackets_and_without_suffix_are_files_first(tmp_path, pictur
     assert find_pictures(str(tmp_path / "*")) == wanted
 
 
+def test_a_pattern_may_be_longer_than_a_name_of_a_file(tmp_path, pictures):
+    shutil.copy(pictures / "0.png", tmp_path / "a.png")
+    assert find_pictures(str(tmp_path / f"[{'a' * 300}].png")) == [str(tmp_path / "a.png")]
+    with pytest.raises(UserError, match="no such picture, folder or match"):
+        find_pictures(str(tmp_path / f"{'b' * 300}.png"))
+
+
 # ---- SDEdit ----
 
 
