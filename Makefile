@@ -1,8 +1,11 @@
 # Two commands set everything up on a fresh machine with Python 3.11 or newer: make demo, make test.
 PYTHON ?= python3
 PY := .venv/bin/python
+HELP := COLUMNS=100 PYTHON_COLORS=0 $(PY)
+SCRIPTS := train_lora generate style_transfer morph invert mix_lora
+VERBS := inspect mix scale resize convert merge extract diff retrain
 
-.PHONY: demo test soak check bench schema miniature clean
+.PHONY: demo test soak check bench texts schema help-texts miniature clean
 
 demo: .venv/run            ## train both mountain LoRAs on the embedded miniature, show what came out, and morph
 	$(PY) demo.py
@@ -23,12 +26,18 @@ bench: .venv/run           ## time a training step, a morph and a picture agains
 	$(PY) benchmarks/morph.py
 	$(PY) benchmarks/style.py
 
+texts: schema help-texts   ## write what is committed and follows from the keys of the configs
+
 schema: .venv/run          ## write the schemas with which editors complete the keys of configs
 	$(PY) train_lora.py --schema > cfg/schema.json
 	$(PY) morph.py --schema > cfg/morph/schema.json
 	$(PY) invert.py --schema > cfg/invert/schema.json
 	$(PY) generate.py --schema > cfg/generate/schema.json
 	$(PY) style_transfer.py --schema > cfg/style_transfer/schema.json
+
+help-texts: .venv/run      ## write what --help prints into docs/help
+	for name in $(SCRIPTS); do $(HELP) $$name.py --help > docs/help/$$name.txt || exit 1; done
+	for verb in $(VERBS); do $(HELP) mix_lora.py $$verb --help > docs/help/mix_lora_$$verb.txt || exit 1; done
 
 .venv/run: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv

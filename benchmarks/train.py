@@ -94,8 +94,9 @@ def settings(args: argparse.Namespace, folder: str) -> list[str]:
 
 def time_ours(args: argparse.Namespace) -> list[float]:
     from lorakit.ground.config import load_config
+    from lorakit.training.config import TrainConfig
     from lorakit.training.plan import make_plan
-    from train_lora import TrainConfig, train
+    from train_lora import train
 
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(TrainConfig, None, settings(args, folder)).config
@@ -112,7 +113,7 @@ def set_up(args: argparse.Namespace):
 
     from lorakit.diffusion.lora import add_lora
     from lorakit.diffusion.models import Base, compute_dtype, set_up_backend
-    from lorakit.training.parts import resolve_precision
+    from lorakit.training.setup import resolve_precision
     from lorakit.weights.base import inspect_base
 
     precision = resolve_precision(args.precision)

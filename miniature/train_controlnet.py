@@ -54,7 +54,7 @@ def train(cfg: ControlNetConfig, hint: str) -> Path:
     import torch
 
     from lorakit.diffusion.models import Base
-    from lorakit.training.objectives import min_snr_weight
+    from lorakit.training.denoise import min_snr_weight
     from lorakit.weights.base import inspect_base
     from miniature import diffusion
     from miniature import run as runs

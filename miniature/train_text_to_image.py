@@ -58,7 +58,7 @@ def train(cfg: TextToImageConfig, hint: str) -> Path:
     """
     import torch
 
-    from lorakit.training.objectives import min_snr_weight
+    from lorakit.training.denoise import min_snr_weight
     from miniature import diffusion
     from miniature import run as runs
     from miniature.batches import Samples

@@ -214,8 +214,8 @@ def _configs() -> list[bytes]:
 
 def _read_config(path: Path) -> None:
     from lorakit.ground.config import load_config
+    from lorakit.training.config import TrainConfig
     from morph import MorphConfig
-    from train_lora import TrainConfig
 
     load_config(MorphConfig if b'"images"' in path.read_bytes() else TrainConfig, path)
 
@@ -233,8 +233,8 @@ def _settings() -> list[bytes]:
 
 def _read_settings(path: Path) -> None:
     from lorakit.ground.config import load_config
+    from lorakit.training.config import TrainConfig
     from morph import MorphConfig
-    from train_lora import TrainConfig
 
     setting = os.fsdecode(path.read_bytes())
     if "images" in setting:
@@ -874,7 +874,7 @@ def kill(work: Path, seed: int, seconds: float) -> Killed:
 def warm_up() -> None:
     """Import in the parent, once, what children need."""
     for name in (
-        *("film.shooting", "film.morph_report", "training.saving", "training.parts", "training.watch"),
+        *("film.shooting", "film.morph_report", "training.saving", "training.setup", "training.watch"),
         "weights.lora_import",
     ):
         importlib.import_module(f"lorakit.{name}")

@@ -1,6 +1,5 @@
 """What a morph will do, worked out from its config and from files' headers. No torch here."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -14,6 +13,7 @@ from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
 from lorakit.weights.base import BaseInfo, inspect_base, weights_hash
+from lorakit.weights.lora_metadata import trained_objectives
 from lorakit.weights.tensors import read_header
 
 Shape = tuple[int, int]
@@ -96,9 +96,8 @@ def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
 
 def _refuse_few_steps(path: str) -> None:
     _, metadata = read_header(Path(path))
-    with contextlib.suppress(ValueError, AttributeError):
-        if json.loads(metadata.get("lorakit.config", "{}")).get("objective") == "denoise":
-            return  # train_lora.py fitted it to pictures, be they of turbo boats
+    if "denoise" in trained_objectives(metadata):
+        return  # train_lora.py fitted it to pictures, be they of turbo boats
     keys = ("ss_output_name", "ss_base_model_version", "modelspec.title")
     told = [Path(path).stem, *(metadata[key] for key in keys if key in metadata and len(metadata[key]) < 200)]
     for text in told:

@@ -8,7 +8,7 @@ states are cached the same way, and it need not be loaded at all in a later run.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +27,7 @@ from lorakit.ground.publish import publish_file
 from lorakit.pictures.folder import Table
 from lorakit.pictures.images import load_image
 from lorakit.pictures.views import Shape, View, entry_name
-from lorakit.training.objectives import Batch
+from lorakit.training.batch import Batch
 from lorakit.weights.tensors import serialize
 
 # ---- which picture is seen when ----
@@ -231,6 +231,7 @@ class TrainingData:
             timesteps=torch.tensor(timesteps),
             prompt_embeds=self._stack(self.text_states, prompts),
             input_ids=self._stack(self.token_ids, prompts),
+            keys=tuple((self.seed, position) for position in positions),
         )
 
     def _latent(self, row: int, position: int) -> tuple[Tensor, Tensor]:
@@ -274,7 +275,17 @@ class TrainingData:
             timesteps=((torch.arange(count) + 0.5) * self.num_timesteps / count).long(),
             prompt_embeds=self._stack(self.text_states, prompts),
             input_ids=self._stack(self.token_ids, prompts),
+            keys=tuple((0, "validation", picture.sha256, k) for k in range(count)),
         )
+
+    def embed(self, prompts: Sequence[str], text_encoder: Callable | None) -> Tensor:
+        """Text states (n, L, D) of prompts that were named when the caches were filled."""
+        ids = self._stack(self.token_ids, prompts)
+        if text_encoder is not None:
+            return text_encoder(ids)[0]
+        states = self._stack(self.text_states, prompts)
+        assert states is not None
+        return states
 
     def _stack(self, table: dict[str, Tensor] | None, prompts: Sequence[str]) -> Tensor | None:
         return None if table is None else torch.stack([table[prompt] for prompt in prompts]).to(self.device)

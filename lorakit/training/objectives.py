@@ -1,71 +1,172 @@
-"""Training objectives: `loss(student, batch, schedule, ...) -> (B,)`, one loss per sample.
+"""Training objectives: terms that share one forward pass of the U-Net, weighted and added.
 
-`student(x_t, timesteps, encoder_hidden_states=...)` is the U-Net with its LoRA, maybe wrapped for several
-processes. A script picks the function from OBJECTIVES by the config's `objective`.
+The loop knows `Objective` alone. What must be known of a term before torch stands in objective_config.py.
+Rules that every term keeps, so that a resumed or divided run stays the run that it was:
+
+- All that it draws comes from the batch (`Batch.normal`, `.uniform`, `.integers`), by streams of its own.
+- State moves in `finish_step` alone, once per optimizer step, from means over all samples of all processes.
+- The teacher is called with what carries no gradient, and left before backward.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorakit.diffusion.schedule import NoiseSchedule
+from lorakit.training.batch import Batch
+from lorakit.training.objective_config import KINDS, names_of
+
+Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""x_t (B, C, h, w), timesteps (B,) on the device, prompt_embeds (B, L, D) -> the output (B, C, h, w)."""
+Parts = dict[str, Tensor]
+"""Name -> number to log, a scalar: means over the micro-batch."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch, on the device but for the timesteps.
+class Models:
+    """What terms may evaluate.
 
-    latents        (B, C, h, w)  float32, scaled by the VAE's scaling factor
-    noise          (B, C, h, w)  float32, with the noise offset in it
-    timesteps      (B,)          int64, on the CPU: coefficients are made there in float64
-    prompt_embeds  (B, L, D)     float32, or None while the text encoder is trained
-    input_ids      (B, L)        int64, or None when the text states are cached
+    student     the U-Net with its LoRA, maybe wrapped for several processes
+    teacher     the U-Net without its LoRA, no gradient
+    embed       prompts -> their text states (n, L, D)
     """
 
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    prompt_embeds: Tensor | None
-    input_ids: Tensor | None
-
-    def text_states(self, text_encoder: Callable | None) -> Tensor:
-        """(B, L, D): the cached states, or what `text_encoder` makes of the ids while it is trained."""
-        if text_encoder is not None:
-            return text_encoder(self.input_ids)[0]
-        assert self.prompt_embeds is not None
-        return self.prompt_embeds
+    student: Evaluate
+    teacher: Evaluate
+    embed: Callable[[Sequence[str]], Tensor]
+    schedule: NoiseSchedule
 
 
-def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Min-SNR-gamma weights of a loss on what the model predicts (Hang et al. 2023, eq. 8 and sec. 3.4).
+def as_function(unet: Any) -> Evaluate:
+    """A U-Net, wrapped or not, as terms call it."""
 
-    min(SNR, gamma) is the weight of a loss on x_0; one on eps carries SNR of it, one on v carries SNR + 1.
+    def evaluate(x_t: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        return unet(x_t, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+
+    return evaluate
+
+
+class Pass:
+    """One forward pass that terms share: what is not asked for is not computed."""
+
+    def __init__(self, models: Models, batch: Batch, prompt_embeds: Tensor, noise_gradient: bool = False):
+        self.models, self.batch, self.prompt_embeds = models, batch, prompt_embeds
+        # A copy, so that the target keeps the plain noise.
+        self.noise = batch.noise.detach().clone().requires_grad_() if noise_gradient else batch.noise
+
+    @cached_property
+    def timesteps(self) -> Tensor:
+        """(B,), on the device."""
+        return self.batch.timesteps.to(self.batch.latents.device)
+
+    @cached_property
+    def x_t(self) -> Tensor:
+        """(B, C, h, w)"""
+        return self.models.schedule.add_noise(self.batch.latents, self.noise, self.batch.timesteps)
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        """The student's output, (B, C, h, w)."""
+        return self.models.student(self.x_t, self.timesteps, self.prompt_embeds)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """What the U-Net is asked to predict, (B, C, h, w)."""
+        return self.models.schedule.target(self.batch.latents, self.batch.noise, self.batch.timesteps)
+
+
+class Term:
+    """One objective. A subclass takes the whole config: `Term(cfg)`."""
+
+    weight = 1.0
+
+    def loss(self, models: Models, at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each sample (B,), and by name what is to be logged of each (B,)."""
+        raise NotImplementedError
+
+    def validation(self, models: Models, at: Pass) -> Tensor | None:
+        """What judges a LoRA, (B,), without gradient; None: this term has no say in what is best."""
+        return self.loss(models, at)[0]
+
+    def finish_step(self, means: Mapping[str, float]) -> None:
+        """Move the state by the means of this step's logged parts, by name, over all processes."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps; empty: the term has no state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Put a state back, the inverse of `state_dict`."""
+
+
+class Objective:
+    """The terms of a config as one loss.
+
+    Args:
+        terms: name in the config -> term.
+        noise_gradient: a term differentiates by the noise, so attention takes kernels that can do it twice.
     """
-    clipped = snr.clamp(max=gamma)
-    if prediction_type == "sample":
-        return clipped
-    return clipped / (snr if prediction_type == "epsilon" else snr + 1)
+
+    def __init__(self, terms: dict[str, Term], noise_gradient: bool = False):
+        self.terms, self.noise_gradient = terms, noise_gradient
+
+    def loss(self, models: Models, batch: Batch, prompt_embeds: Tensor) -> tuple[Tensor, Parts]:
+        """The mean loss of a micro-batch, and its parts, where there is more than one number to tell."""
+        at = Pass(models, batch, prompt_embeds, self.noise_gradient)
+        losses, parts = [], {}
+        for name, term in self.terms.items():
+            loss, told = term.loss(models, at)
+            losses.append(loss * term.weight)
+            if len(self.terms) > 1:
+                parts[name] = loss.detach().mean()
+            parts |= {f"{name}.{part}": value.detach().mean() for part, value in told.items()}
+        return sum(losses[1:], losses[0]).mean(), parts
+
+    def validation(self, models: Models, batch: Batch, prompt_embeds: Tensor) -> Tensor:
+        """What judges a LoRA, mean over a batch, without gradient."""
+        at = Pass(models, batch, prompt_embeds)
+        found = [(term.weight, term.validation(models, at)) for term in self.terms.values()]
+        judged = [loss * weight for weight, loss in found if loss is not None]
+        assert judged, "no objective judges"
+        return sum(judged[1:], judged[0]).mean()
+
+    def attention(self) -> contextlib.AbstractContextManager:
+        """Around loss and backward: fused attention kernels have no second derivative."""
+        return sdpa_kernel(SDPBackend.MATH) if self.noise_gradient else contextlib.nullcontext()
+
+    def finish_step(self, means: Mapping[str, float]) -> None:
+        for name, term in self.terms.items():
+            own = {
+                key.removeprefix(f"{name}."): value
+                for key, value in means.items()
+                if key.startswith(f"{name}.")
+            }
+            term.finish_step(own)
+
+    @property
+    def has_state(self) -> bool:
+        return any(term.state_dict() for term in self.terms.values())
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """By name, of the terms that have a state."""
+        return {name: state for name, term in self.terms.items() if (state := term.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Raises KeyError where a term's state is missing: going on without it would be another run."""
+        for name in self.state_dict():
+            self.terms[name].load_state_dict(state[name])
 
 
-def denoise(
-    student: Callable,
-    batch: Batch,
-    schedule: NoiseSchedule,
-    prompt_embeds: Tensor,
-    snr_gamma: float | None = None,
-) -> Tensor:
-    """Mean squared error of the prediction, per sample (Ho et al. 2020, eq. 14), (B,)."""
-    x_t = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)  # (B, C, h, w)
-    timesteps = batch.timesteps.to(x_t.device)
-    prediction = student(x_t, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
-    target = schedule.target(batch.latents, batch.noise, batch.timesteps)
-    loss = torch.mean((prediction.float() - target.float()) ** 2, dim=(1, 2, 3))  # (B,)
-    if snr_gamma is not None:
-        weight = min_snr_weight(schedule.snr(batch.timesteps), snr_gamma, schedule.prediction_type)
-        loss = loss * weight.to(loss)
-    return loss
-
-
-OBJECTIVES = {"denoise": denoise}
+def make_objective(cfg: Any) -> Objective:
+    """The objective that a config names."""
+    terms = {}
+    for name in names_of(cfg.objective):
+        module, _, term = KINDS[name].term.rpartition(".")
+        terms[name] = getattr(import_module(f"{__package__}.{module}"), term)(cfg)
+    return Objective(terms, any(KINDS[name].double_backward for name in terms))

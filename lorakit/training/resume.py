@@ -1,11 +1,12 @@
 """Whether a checkpoint belongs to the run that a config describes. No torch here."""
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lorakit.ground.errors import UserError
+from lorakit.ground.runs import find_resume, set_aside_after
+from lorakit.training.config import APPLIED, FIXED
 from lorakit.training.plan import Plan
 
 STATE_VERSION = 1
@@ -43,9 +44,25 @@ def validation_record(cfg: Any, plan: Plan) -> list[Any]:
     return [table.fingerprint, cfg.validation_timesteps, cfg.validation_images]
 
 
-def check_resume(
-    cfg: Any, plan: Plan, folder: Path, *, fixed: Collection[str], applied: Collection[str]
-) -> list[str]:
+def find_start(cfg: Any, plan: Plan, run: Path, *, owner: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, and what is to be said of it.
+
+    Args:
+        owner: may set aside later checkpoints, where the run goes back to an earlier one.
+
+    Raises:
+        UserError: there is no such checkpoint, or it belongs to another run.
+    """
+    resume, notes = find_resume(run, cfg.resume_from_checkpoint)
+    if resume is not None:
+        notes = [*notes, f"resuming from {resume}", *check_resume(cfg, plan, resume)]
+        explicit = cfg.resume_from_checkpoint not in (True, "latest")
+        if owner and explicit and resume.resolve().parent == run.resolve():
+            notes += set_aside_after(run, int(resume.name.removeprefix("checkpoint-")))
+    return resume, notes
+
+
+def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
     """Refuse a checkpoint of another run; return what changed and is applied, one line each.
 
     Raises:
@@ -55,7 +72,7 @@ def check_resume(
     state = read_state(folder)
     old, new = state["config"], cfg.model_dump(mode="json")
     changed = {key for key in new if key in old and old[key] != new[key]}
-    lines = [f"{key}: {old[key]} -> {new[key]}" for key in sorted(changed & set(fixed))]
+    lines = [f"{key}: {old[key]} -> {new[key]}" for key in sorted(changed & FIXED)]
     if state["total_batch"] != plan.total_batch:
         lines.append(f"samples per step: {state['total_batch']} -> {plan.total_batch} (set total_batch_size)")
     if plan.base.known and state["resolution"] != plan.resolution:
@@ -76,7 +93,7 @@ def check_resume(
             f"{folder} is at step {state['step']}, past the {plan.steps} steps that n_epochs or "
             "max_train_steps ask for; raise them, or resume from an earlier checkpoint"
         )
-    notes = [f"{key}: {old[key]} -> {new[key]}, from here on" for key in sorted(changed & set(applied))]
+    notes = [f"{key}: {old[key]} -> {new[key]}, from here on" for key in sorted(changed & APPLIED)]
     if state["step"] == plan.steps:
         notes.append(f"nothing to do: step {plan.steps} of {plan.steps} is done")
     return notes

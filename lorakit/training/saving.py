@@ -10,20 +10,18 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from lorakit.diffusion import lora
-from lorakit.diffusion.models import Base
 from lorakit.ground.errors import OutputError
 from lorakit.ground.publish import publish_file
 from lorakit.ground.runs import publish_checkpoint
 from lorakit.training.lora_check import verify_file, verify_in_diffusers
 from lorakit.training.plan import Plan, result_paths
+from lorakit.training.progress import Modules, Progress
 from lorakit.training.resume import STATE_VERSION, read_state
-from lorakit.weights.lora_file import LoraPair, component_of, lora_bytes, read_lora
+from lorakit.training.setup import Learner
+from lorakit.weights.lora_file import component_of, lora_bytes, read_lora
 from lorakit.weights.lora_metadata import Component, training_metadata
 from lorakit.weights.optimizer_state import pack_optimizer, unpack_optimizer
 from lorakit.weights.tensors import serialize
-
-Modules = dict[str, LoraPair]
-
 
 # ---- checkpoints ----
 
@@ -35,43 +33,50 @@ def live_modules(unet, text_encoder) -> Modules:
 
 
 def save_checkpoint(
-    run: Path, state: dict[str, Any], unet, text_encoder, optimizer, scaler, best: Modules | None
+    run: Path, progress: Progress, record: dict[str, Any], learner: Learner, objective_state: dict[str, Any]
 ) -> Path:
     """Publish `checkpoint-<step>`: LoRA, optimizer and counters as safetensors and JSON.
 
     Randomness has no state to save (lorakit.ground.randomness).
+
+    Args:
+        record: what resume.check_resume compares with.
+        objective_state: of the objectives that have one, by name.
     """
     libraries = ("torch", "diffusers", "peft", "accelerate", "transformers")
-    tensors, packed = pack_optimizer(optimizer.state_dict())
-    state = state | {
+    tensors, packed = pack_optimizer(learner.optimizer.state_dict())
+    scaler = learner.accelerator.scaler
+    state = progress.counters() | record
+    if objective_state:
+        state["objective"] = objective_state
+    state |= {
         "version": STATE_VERSION,
         "optimizer": packed,
         "scaler": None if scaler is None else scaler.state_dict(),
         "libraries": {name: version(name) for name in libraries},
     }
+    modules = live_modules(learner.unet, learner.text_encoder)
     files = {
-        "lora.safetensors": lora_bytes(live_modules(unet, text_encoder), layout="diffusers", metadata={}),
+        "lora.safetensors": lora_bytes(modules, layout="diffusers", metadata={}),
         "optimizer.safetensors": serialize(tensors, {}),
         "state.json": json.dumps(state, indent=1).encode(),
     }
-    if best is not None:
-        files["best.safetensors"] = lora_bytes(best, layout="diffusers", metadata={})
-    return publish_checkpoint(run, state["step"], files)
+    if progress.best is not None:
+        files["best.safetensors"] = lora_bytes(progress.best, layout="diffusers", metadata={})
+    return publish_checkpoint(run, progress.step, files)
 
 
-def load_checkpoint(
-    folder: Path, unet, text_encoder, optimizer, scaler
-) -> tuple[dict[str, Any], Modules | None]:
+def load_checkpoint(folder: Path, learner: Learner) -> tuple[dict[str, Any], Modules | None]:
     """Put a verified checkpoint back; return its counters and the best LoRA so far."""
     state = read_state(folder)
-    insert_modules(read_lora(folder / "lora.safetensors").modules, unet, text_encoder)
+    insert_modules(read_lora(folder / "lora.safetensors").modules, learner.unet, learner.text_encoder)
     tensors = load_tensors((folder / "optimizer.safetensors").read_bytes())
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):  # a changed config counts
+    decays = [group["weight_decay"] for group in learner.optimizer.param_groups]
+    learner.optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
+    for group, decay in zip(learner.optimizer.param_groups, decays, strict=True):  # a changed config counts
         group["weight_decay"] = decay
-    if scaler is not None and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
+    if learner.accelerator.scaler is not None and state["scaler"]:
+        learner.accelerator.scaler.load_state_dict(state["scaler"])
     best = folder / "best.safetensors"
     return state, read_lora(best).modules if best.exists() else None
 
@@ -126,18 +131,33 @@ def write_lora(
     publish_file(path, write)
 
 
-def publish_lora(cfg: Any, plan: Plan, base: Base, modules: Modules, step: int) -> list[Path]:
-    """Write the LoRA file (two for save_format "both"), each loaded by diffusers beside the live one first.
+def write_best(run: Path, cfg: Any, plan: Plan, progress: Progress) -> None:
+    """The best LoRA so far as a file of the run folder, in the layout of the result."""
+    layout = next(iter(result_paths(cfg).values()))
+    assert progress.best is not None
+    write_lora(run / "best.safetensors", layout, cfg, plan, progress.best, progress.step)
+
+
+def publish_result(cfg: Any, plan: Plan, learner: Learner, progress: Progress) -> list[Path]:
+    """Write the LoRA of the last step, or the best one where `final_weights` asks for it.
 
     Raises:
         OutputError: what diffusers makes of the file is not what was trained; an earlier file stays.
     """
-    text_encoder = base.text_encoder if cfg.train_text_encoder else None
-    insert_modules(modules, base.unet, text_encoder)
-    exact = cfg.save_dtype == "float32" and base.dtype == torch.float32
+    if cfg.final_weights == "best" and progress.best is not None:
+        assert progress.best_step is not None
+        return publish_lora(cfg, plan, learner, progress.best, progress.best_step)
+    modules = live_modules(learner.unet, learner.text_encoder)
+    return publish_lora(cfg, plan, learner, modules, progress.step)
+
+
+def publish_lora(cfg: Any, plan: Plan, learner: Learner, modules: Modules, step: int) -> list[Path]:
+    """Write the LoRA file (two for save_format "both"), each loaded by diffusers beside the live one."""
+    insert_modules(modules, learner.unet, learner.text_encoder)
+    exact = cfg.save_dtype == "float32" and learner.base.dtype == torch.float32
 
     def check(path: Path) -> None:
-        difference = verify_in_diffusers(path, base.unet, text_encoder)
+        difference = verify_in_diffusers(path, learner.unet, learner.text_encoder)
         if difference > (1e-4 if exact else 0.1):
             raise OutputError(
                 f"diffusers reads something else from the LoRA (output differs by {difference:.3g})"

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,29 @@ from torch import Tensor
 
 from lorakit.diffusion.lora import lora_disabled
 from lorakit.diffusion.models import Base, evaluating
-from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.ground.publish import publish_file
 from lorakit.ground.runs import MetricsFile
 from lorakit.pictures.images import load_image, save_png
 from lorakit.pictures.sheet import contact_sheet
 from lorakit.sampling.samplers import sample_images
 from lorakit.training.data import TrainingData
-from lorakit.training.objectives import OBJECTIVES
+from lorakit.training.objectives import Models, Objective, Parts, as_function
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.98  # of the running mean, per step
 MAX_COLUMNS = 8  # of a sample sheet, besides the one without LoRA
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A step whose loss or gradient is not finite, and which parts of the loss, where it has parts."""
+
+    step: int
+    parts: tuple[str, ...] = ()
+
+    @property
+    def what(self) -> str:
+        return f"the loss of {', '.join(self.parts)}" if self.parts else "the loss or its gradient"
 
 
 class Metrics:
@@ -47,29 +59,36 @@ class Metrics:
         self.smoothed = smoothed
         self.overflows = 0  # in a row; the fp16 scaler skips such steps
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.parts: list[str] = []  # of the loss, by name
         self.since = time.perf_counter()
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        self.pending.append((step, loss.detach(), grad_norm.detach(), lr))
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, parts: Parts | None = None) -> None:
+        """Keep one step's figures; `parts` of the loss are the same names in every step."""
+        self.parts = list(parts or ())
+        losses = torch.stack([each.detach().float() for each in (loss, *(parts or {}).values())])
+        self.pending.append((step, losses, grad_norm.detach(), lr))
 
-    def flush(self) -> int | None:
+    def flush(self) -> Broken | None:
         """Write what is pending. Return the first step whose loss or gradient is not finite, if any."""
         if not self.pending:
             return None
-        losses = self.accelerator.reduce(torch.stack([p[1].float() for p in self.pending]), "mean").tolist()
+        losses = self.accelerator.reduce(torch.stack([p[1] for p in self.pending]), "mean").tolist()
         norms = torch.stack([p[2].float() for p in self.pending]).tolist()
         now = time.perf_counter()
         rate = len(self.pending) * self.images / max(now - self.since, 1e-9)
         broken = None
-        for (step, _, _, lr), loss, norm in zip(self.pending, losses, norms, strict=True):
+        for (step, _, _, lr), (loss, *parts), norm in zip(self.pending, losses, norms, strict=True):
+            told = dict(zip(self.parts, parts, strict=True))
             self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
             if not math.isfinite(loss) or self.overflows > (0 if self.accelerator.scaler is None else 10):
-                broken = step
+                broken = Broken(step, tuple(name for name, part in told.items() if not math.isfinite(part)))
                 break
             keep = min(SMOOTHING, 1 - 1 / step)  # at first a plain mean, in which no loss weighs more
             self.smoothed = keep * (self.smoothed or 0.0) + (1 - keep) * loss
             record = {"step": step, "loss": loss, "loss_smoothed": self.smoothed, "grad_norm": norm, "lr": lr}
-            self.write(record | {"images_per_second": rate})
+            self.write(
+                record | {f"loss/{name}": part for name, part in told.items()} | {"images_per_second": rate}
+            )
         self.bar.update(len(self.pending))
         self.bar.set_postfix_str(f"loss {self.smoothed or math.nan:.4f}, {rate:.1f} images/s")
         self.pending, self.since = [], now
@@ -94,7 +113,7 @@ class Metrics:
 
 
 def validation_loss(
-    data: TrainingData, unet, text_encoder, schedule: NoiseSchedule, cfg: Any, accelerator
+    data: TrainingData, objective: Objective, models: Models, unet, text_encoder, cfg: Any, accelerator
 ) -> float:
     """Mean loss of up to `validation_images` pictures, at fixed timesteps with fixed noise.
 
@@ -103,13 +122,14 @@ def validation_loss(
     """
     count = min(cfg.validation_images, len(data.table.rows))
     rows = [i * len(data.table.rows) // count for i in range(count)]
-    models = [unet] if text_encoder is None else [unet, text_encoder]
+    models = replace(
+        models, student=as_function(unet), embed=lambda prompts: data.embed(prompts, text_encoder)
+    )
     total = torch.zeros(())
-    with evaluating(*models), accelerator.autocast():
+    with evaluating(*(model for model in (unet, text_encoder) if model is not None)), accelerator.autocast():
         for row in rows[accelerator.process_index :: accelerator.num_processes]:
             batch = data.fixed_batch(row, cfg.validation_timesteps)
-            embeds = batch.text_states(text_encoder)
-            total += OBJECTIVES[cfg.objective](unet, batch, schedule, embeds, cfg.snr_gamma).mean().cpu()
+            total += objective.validation(models, batch, batch.text_states(text_encoder)).cpu()
     return float(accelerator.reduce(total.to(accelerator.device), "sum")) / count
 
 

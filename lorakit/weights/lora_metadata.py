@@ -175,6 +175,15 @@ def training_metadata(
     }
 
 
+def trained_objectives(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The objectives that our own training wrote into a file; none where another tool made it."""
+    try:
+        objective = json.loads(metadata["lorakit.config"])["objective"]
+    except (LookupError, ValueError, TypeError, RecursionError):
+        return ()
+    return tuple(map(str, objective if isinstance(objective, list) else [objective]))
+
+
 # ---- files made of files ----
 
 _OF_THE_BASE = (

@@ -139,9 +139,9 @@ def a_run(tmp_path: Path) -> Callable[..., Path]:
     """
     from lorakit.ground.config import load_config
     from lorakit.ground.runs import publish_checkpoint
+    from lorakit.training.config import TrainConfig
     from lorakit.training.plan import make_plan
     from lorakit.training.resume import STATE_VERSION, run_record
-    from train_lora import TrainConfig
 
     def make(arguments: list[str], steps: tuple[int, ...] = (2, 4, 6), **state: object) -> Path:
         cfg = load_config(TrainConfig, ROOT / "cfg/mountain.json", arguments).config  # as the script does

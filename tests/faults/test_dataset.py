@@ -14,8 +14,8 @@ from harness import ROOT, assert_refused, sha, snapshot
 from PIL import Image
 
 from lorakit.ground.config import load_config
+from lorakit.training.config import TrainConfig
 from lorakit.training.plan import make_plan, training_views
-from train_lora import TrainConfig
 
 
 def line(**values):

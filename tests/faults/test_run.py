@@ -21,9 +21,9 @@ from small import full_disk, settings_of
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import UserError
 from lorakit.ground.runs import checkpoints, lock_run, verify_checkpoint
+from lorakit.training.config import APPLIED, FIXED, FREE, TrainConfig
 from lorakit.training.plan import make_plan
 from lorakit.training.resume import check_resume
-from train_lora import APPLIED, FIXED, FREE, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

@@ -253,10 +253,20 @@ def test_a_lora_for_few_steps_is_refused_by_its_metadata(planned, fitted, tmp_pa
     assert planned(images=[image(), image(lora=path)])[1].loras == (path,)
 
 
-def test_what_train_lora_wrote_is_fitted_to_pictures_whatever_it_is_called(planned, fitted, tmp_path):
-    own = {"lorakit.config": json.dumps({"objective": "denoise"}), "ss_output_name": "turbo_boat"}
+@pytest.mark.parametrize("objective", ["denoise", ["denoise", "another"]])
+def test_what_train_lora_wrote_is_fitted_to_pictures_whatever_it_is_called(
+    planned, fitted, tmp_path, objective
+):
+    own = {"lorakit.config": json.dumps({"objective": objective}), "ss_output_name": "turbo_boat"}
     path = with_metadata(tmp_path / "lightning_over_a_lake.safetensors", fitted[0], own)
     assert planned(images=[image(), image(lora=path)])[1].loras == (path,)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"objective": "another"}', '{"rank": 4}'])
+def test_another_objective_or_none_that_is_told_leaves_it_to_the_name(planned, fitted, tmp_path, config):
+    own = {"lorakit.config": config}
+    path = with_metadata(tmp_path / "lightning_over_a_lake.safetensors", fitted[0], own)
+    refused(planned, "lightning_over_a_lake", "few steps", images=[image(), image(lora=path)])
 
 
 @pytest.mark.parametrize(("width", "height", "words"), [(17, 16, "width 17"), (16, 19, "height 19")])

@@ -919,7 +919,7 @@ def test_the_schema_is_current():
 
 
 def test_every_config_loads_and_names_its_schema():
-    from train_lora import TrainConfig
+    from lorakit.training.config import TrainConfig
 
     paths = [path for path in ROOT.glob("cfg/morph/*.json") if path.name != "schema.json"]
     paths += ROOT.glob("cfg/sd15/morph*.json")

@@ -18,10 +18,10 @@ from lorakit.diffusion import lora
 from lorakit.diffusion.models import Base
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import DivergedError, StoppedError, UserError
+from lorakit.training.config import APPLIED, FIXED, FREE, TrainConfig
 from lorakit.training.plan import make_plan
 from lorakit.weights.base import inspect_base
 from lorakit.weights.lora_file import read_lora
-from train_lora import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -407,15 +407,16 @@ def test_validation_uses_its_own_pictures(trained, tmp_path, pictures):
 
 
 def test_a_run_that_diverges_keeps_the_last_checkpoint_and_names_the_step(settings, tmp_path, monkeypatch):
-    from lorakit.training import objectives
+    from lorakit.training.denoise import Denoise
 
-    real, calls = objectives.OBJECTIVES["denoise"], []
+    real, calls = Denoise.loss, []
 
     def poisoned(*args):
         calls.append(1)
-        return real(*args) * (math.nan if len(calls) > 5 else 1.0)
+        loss, parts = real(*args)
+        return loss * (math.nan if len(calls) > 5 else 1.0), parts
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "denoise", poisoned)
+    monkeypatch.setattr(Denoise, "loss", poisoned)
     with pytest.raises(
         DivergedError, match=r"step 6: .*\.png at timestep \d+.*last checkpoint is .*checkpoint-00000004"
     ) as caught:
@@ -560,9 +561,9 @@ def test_changed_captions_are_refused_at_resume(trained, settings, pictures, tmp
 
 def test_every_key_is_classified_for_resume():
     keys = set(TrainConfig.model_fields)
-    assert train_lora.APPLIED <= keys and train_lora.FREE <= keys
-    assert not train_lora.APPLIED & train_lora.FREE
-    assert {"rank", "seed", "lora_alpha", "target_modules", "objective", "resolution"} <= train_lora.FIXED
+    assert APPLIED <= keys and FREE <= keys
+    assert not APPLIED & FREE
+    assert {"rank", "seed", "lora_alpha", "target_modules", "objective", "resolution"} <= FIXED
 
 
 def test_verify_resume_says_that_resume_is_exact(settings, capsys):

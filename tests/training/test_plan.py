@@ -7,10 +7,10 @@ from lorakit.diffusion.lora import add_lora
 from lorakit.diffusion.models import Base
 from lorakit.ground.config import load_config
 from lorakit.ground.process import launched_processes
+from lorakit.training.config import TrainConfig
 from lorakit.training.forecast import activation_bytes, describe_plan, lora_parameters
 from lorakit.training.plan import make_plan
 from lorakit.weights.base import inspect_base
-from train_lora import TrainConfig
 
 
 def config_of(arguments: list[str]) -> TrainConfig:

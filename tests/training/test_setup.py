@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 import train_lora
 from lorakit.diffusion.models import Base
 from lorakit.ground.config import load_config
-from lorakit.training import parts
-from train_lora import TrainConfig
+from lorakit.training.config import TrainConfig
+from lorakit.training.decisions import due_steps
+from lorakit.training.setup import resolve_precision
 
 
 def config_of(**changes) -> TrainConfig:
@@ -33,7 +34,7 @@ def test_the_config_decides_on_precision_and_auto_leaves_it_to_the_launcher(
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    assert parts.resolve_precision(asked) == expected
+    assert resolve_precision(asked) == expected
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
@@ -44,16 +45,16 @@ def test_auto_takes_half_precision_on_a_gpu_under_a_launcher_too(monkeypatch, na
     )
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # what accelerate launch sets for a GPU
-    assert parts.resolve_precision("auto") == expected
+    assert resolve_precision("auto") == expected
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert parts.resolve_precision("auto") == "no"
+    assert resolve_precision("auto") == "no"
 
 
 def test_eleven_overflows_in_a_row_end_an_fp16_run_and_one_does_not(tmp_path):
     """The scaler skips steps whose gradients overflow; a run that only skips has diverged."""
     from types import SimpleNamespace
 
-    from lorakit.training.watch import Metrics
+    from lorakit.training.watch import Broken, Metrics
 
     bar = SimpleNamespace(update=lambda n: None, set_postfix_str=lambda text: None)
     fake = SimpleNamespace(reduce=lambda t, how: t, scaler=object(), is_main_process=True, trackers=[])
@@ -61,11 +62,11 @@ def test_eleven_overflows_in_a_row_end_an_fp16_run_and_one_does_not(tmp_path):
     one, infinite = torch.ones(()), torch.full((), torch.inf)
     for step in range(1, 30):
         metrics.add(step, one, infinite if step in (1, 2, 3, 12) or step > 15 else one, 1e-3)
-    assert metrics.flush() == 26
+    assert metrics.flush() == Broken(26)
     fake.scaler = None
     metrics = Metrics(fake, tmp_path / "other.jsonl", bar, 1)
     metrics.add(1, one, infinite, 1e-3)
-    assert metrics.flush() == 1
+    assert metrics.flush() == Broken(1)
 
 
 def test_what_the_config_says_is_predicted_is_also_sampled(tiny_base):
@@ -85,10 +86,10 @@ def test_other_prompts_do_not_stand_under_old_pictures(trained):
 
 
 def test_the_last_step_is_always_saved_validated_and_sampled():
-    due = parts.due_steps(config_of(checkpointing_steps=500, validation_steps=40, sample_steps=None), 90)
+    due = due_steps(config_of(checkpointing_steps=500, validation_steps=40, sample_steps=None), 90)
     assert due.checkpoint == {90} and due.validation == {40, 80, 90} and due.sample == {22, 44, 66, 88, 90}
     assert due.any == {22, 40, 44, 66, 80, 88, 90}
-    none = parts.due_steps(config_of(validation_steps=0, sample_steps=0), 10)
+    none = due_steps(config_of(validation_steps=0, sample_steps=0), 10)
     assert not none.validation and not none.sample and none.checkpoint == {10}
 
 

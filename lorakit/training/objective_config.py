@@ -1,0 +1,81 @@
+"""What each training objective needs, known before torch is imported: config, plan and checks ask here.
+
+A new objective is a module with a Term (see objectives.py), one entry in KINDS, and, where it has settings, a
+field of its name in TrainConfig that holds them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One objective.
+
+    term            module of this package and name of the Term in it, imported when training starts
+    alone           draws its own noisy rows, so that no other objective can share its pass
+    teacher         evaluates the U-Net without its LoRA
+    double_backward differentiates by the noise: attention without fused kernels, no fp16, no torch_compile
+    prompts         text states that it needs besides the captions', from the whole config
+    """
+
+    term: str
+    alone: bool = False
+    teacher: bool = False
+    double_backward: bool = False
+    prompts: Callable[[Any], tuple[str, ...]] | None = None
+
+
+KINDS = {
+    "denoise": Kind("denoise.Denoise"),
+}
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(KINDS)]
+
+
+def names_of(objective: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (objective,) if isinstance(objective, str) else objective
+
+
+def kinds_of(cfg: Any) -> list[Kind]:
+    return [KINDS[name] for name in names_of(cfg.objective)]
+
+
+def prompts_of(cfg: Any) -> tuple[str, ...]:
+    """Prompts of the objectives, whose text states are cached beside those of the captions."""
+    found = [prompt for kind in kinds_of(cfg) if kind.prompts for prompt in kind.prompts(cfg)]
+    return tuple(dict.fromkeys(found))
+
+
+def check_objectives(cfg: Any) -> None:
+    """Refuse objectives that cannot be trained together or with these settings.
+
+    Raises:
+        ValueError: names the keys that do not agree.
+    """
+    names = names_of(cfg.objective)
+    if not names or len(set(names)) < len(names):
+        raise ValueError("objective: name at least one, and each once")
+    for name, kind in zip(names, kinds_of(cfg), strict=True):
+        if kind.alone and len(names) > 1:
+            others = " and ".join(other for other in names if other != name)
+            raise ValueError(
+                f'objective: "{name}" draws its own noisy latents and goes with no other ({others})'
+            )
+        clashes = {
+            "torch_compile": cfg.torch_compile,
+            "enable_xformers_memory_efficient_attention": cfg.enable_xformers_memory_efficient_attention,
+            "mixed_precision": cfg.mixed_precision == "fp16",
+        }
+        for key, on in clashes.items() if kind.double_backward else ():
+            if on:
+                raise ValueError(
+                    f'objective, {key}: "{name}" differentiates twice, which {key} {getattr(cfg, key)!r} '
+                    "does not allow"
+                )
+    for name in KINDS.keys() & type(cfg).model_fields.keys():
+        if getattr(cfg, name) is not None and name not in names:
+            raise ValueError(f'{name}, objective: settings of "{name}", which objective does not name')

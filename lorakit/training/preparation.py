@@ -1,0 +1,115 @@
+"""The data of a run, ready for the loop: filled caches, training and validation data, the sample sheet."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lorakit.diffusion.models import Base
+from lorakit.pictures.folder import Table
+from lorakit.training.data import (
+    Augmentation,
+    Latents,
+    TrainingData,
+    cache_text_states,
+    encode_views,
+    missing_views,
+)
+from lorakit.training.objective_config import prompts_of
+from lorakit.training.plan import Plan, Views, training_views, validation_views
+from lorakit.training.watch import SampleSheet
+from lorakit.weights.base import weights_hash
+
+
+def prepare(
+    cfg: Any,
+    plan: Plan,
+    base: Base,
+    accelerator,
+    text_encoder,
+    run: Path,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[TrainingData, TrainingData, SampleSheet]:
+    """Fill the caches and return training data, validation data, and the sheet of samples.
+
+    Every process encodes its share of the pictures. `between` is called after each.
+    """
+    prompts = cfg.sample_prompts or tuple(dict.fromkeys(row.caption for row in plan.table.rows))[:2]
+    common = (cfg, plan, base, accelerator, between)
+    views = training_views(cfg, plan)
+    data = _cached(*common, plan.table, plan.shapes, views, (*prompts, *prompts_of(cfg)))
+    validation = data
+    if plan.validation is not None:
+        views = validation_views(plan)
+        validation = _cached(*common, plan.validation, plan.validation_shapes, views, prompts_of(cfg))
+
+    def embed() -> tuple[torch.Tensor, torch.Tensor]:
+        states = data.embed((*prompts, ""), text_encoder)
+        return states[:-1], states[-1:]
+
+    sheet = SampleSheet(
+        run / "samples",
+        base,
+        text_encoder,
+        prompts,
+        embed,
+        seeds=cfg.sample_seeds,
+        shape=plan.shapes[0] if len(set(plan.shapes)) == 1 else (plan.resolution, plan.resolution),
+        steps=cfg.sample_inference_steps,
+        guidance_scale=cfg.sample_guidance_scale,
+    )
+    base.park(keep_text_encoder=text_encoder is not None)
+    return data, validation, sheet
+
+
+def _cached(
+    cfg, plan, base, accelerator, between, table: Table, shapes, rows: Views, prompts
+) -> TrainingData:
+    vae_hash, text_hash = (weights_hash(base.info.files[part]) for part in ("vae", "text_encoder"))
+    views = [view for row in rows for view in row]
+    share = views[accelerator.process_index :: accelerator.num_processes]
+    missing = missing_views(share, plan.cache_dir, vae_hash)
+    options = {"image_options": {"max_pixels": cfg.max_image_pixels}, "threads": cfg.dataloader_num_workers}
+    quiet = not missing or not accelerator.is_main_process
+    encoding = encode_views(missing, base, plan.cache_dir, vae_hash, **options)
+    for _ in tqdm(encoding, total=len(missing), desc="caching latents", disable=quiet):
+        between()
+    prompts = list(dict.fromkeys(["", *prompts, *(row.caption for row in table.rows)]))
+    on_device, in_memory = _budget(base.device)
+    states, ids = None, None
+    if cfg.train_text_encoder:
+        ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
+    else:
+        size = len(prompts) * base.info.max_tokens * base.info.cross_attention_dim * 4
+        where = base.device if size <= on_device else torch.device("cpu")
+        if accelerator.num_processes > 1:  # each encodes its share, then all read all
+            own = prompts[accelerator.process_index :: accelerator.num_processes]
+            cache_text_states(own, base, plan.cache_dir, text_hash, where)
+            accelerator.wait_for_everyone()
+        states = cache_text_states(prompts, base, plan.cache_dir, text_hash, where)
+    accelerator.wait_for_everyone()
+    entries = [view.entry(plan.cache_dir, vae_hash) for view in views]
+    return TrainingData(
+        table,
+        shapes,
+        Latents(entries, base.device, (on_device, in_memory)),
+        [len(row) for row in rows],
+        base,
+        text_states=states,
+        token_ids=ids,
+        augmentation=Augmentation(cfg.noise_offset, cfg.caption_dropout),
+        num_timesteps=base.scheduler.config.num_train_timesteps,
+        seed=cfg.seed,
+    )
+
+
+def _budget(device: torch.device) -> tuple[int, int]:
+    """Bytes of a cache that may lie on the device and in memory: a share of what is free."""
+    memory = 4 << 30
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
+    return on_device // 4, memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,0 +1,50 @@
+"""How far a run is and which of its LoRAs was best, as a checkpoint keeps it."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorakit.weights.lora_file import LoraPair
+
+Modules = dict[str, LoraPair]
+
+
+@dataclass
+class Progress:
+    """`smoothed` is the running mean of the loss, `stale` counts validations since the best one.
+
+    `best` holds the LoRA of `best_step`; a checkpoint keeps it in a file of its own.
+    """
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    smoothed: float | None = None
+    best: Modules | None = None
+
+    def counters(self) -> dict[str, Any]:
+        """All but the LoRA."""
+        counters = asdict(self)
+        del counters["best"]
+        return counters
+
+    def take(self, saved: dict[str, Any], best: Modules | None, *, comparable: bool) -> None:
+        """Put a checkpoint's counters back; without those of the best where its losses do not compare."""
+        for key in self.counters():
+            setattr(self, key, saved[key])
+        self.best = best
+        if not comparable:
+            self.best, self.best_loss, self.best_step, self.stale = None, None, None, 0
+
+    def judge(self, loss: float) -> bool:
+        """Count a validation; whether its loss is the best so far."""
+        self.stale += 1
+        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+            return False
+        self.best_loss, self.best_step, self.stale = loss, self.step, 0
+        return True
+
+    def exhausted(self, patience: int | None) -> bool:
+        """Whether the validation loss has not improved for `patience` validations."""
+        return patience is not None and self.stale >= patience

@@ -1,0 +1,155 @@
+"""Models and optimizer of a run: precision, the LoRA in the base, the learning rate."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
+
+from lorakit.diffusion import lora
+from lorakit.diffusion.models import Base, enable_xformers, set_up_backend
+from lorakit.ground.errors import UserError
+from lorakit.training.data import TrainingData
+from lorakit.training.objectives import Models, as_function
+from lorakit.training.plan import Plan
+
+
+def resolve_precision(mixed_precision: str) -> str:
+    """For "auto" fp16 or bf16 if the launcher says so, else bf16 (or fp16) on a CUDA GPU, else float32."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if told != "no" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return told
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def make_optimizer(cfg: Any, groups: list[dict]) -> torch.optim.Optimizer:
+    """The optimizer over parameter groups that carry their own learning rate.
+
+    plan.missing_packages has checked before that its optional package is there.
+    """
+    common = {
+        "betas": (cfg.adam_beta1, cfg.adam_beta2),
+        "weight_decay": cfg.adam_weight_decay,
+        "eps": cfg.adam_epsilon,
+    }
+    if cfg.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # optional
+
+        return AdamW8bit(groups, **common)
+    if cfg.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(groups, safeguard_warmup=cfg.lr_warmup_steps > 0, **common)
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, fused=fused, **common)
+
+
+def learning_rate_schedule(cfg: Any, steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at each step, a pure function of the step, so with no state to save.
+
+    The formulas are diffusers'; unlike accelerate's own wrapper, it runs no faster on several processes.
+    """
+    from diffusers.optimization import get_scheduler
+
+    scheduler = get_scheduler(
+        cfg.lr_scheduler_name,
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=cfg.learning_rate or 1.0),
+        step_rules=cfg.lr_step_rules,
+        num_warmup_steps=cfg.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=cfg.lr_num_cycles,
+        power=cfg.lr_power,
+    )
+    return scheduler.lr_lambdas[0]
+
+
+def adapter_options(cfg: Any, part: str) -> dict[str, Any]:
+    """Arguments of lora.add_lora. The text encoder takes the U-Net's preset, or its attention for a list."""
+    targets = cfg.target_modules
+    if part == "text_encoder" and not isinstance(targets, str):
+        targets = "attention"
+    return {
+        "targets": targets if isinstance(targets, str) else list(targets),
+        "rank": cfg.rank,
+        "alpha": cfg.lora_alpha or cfg.rank,
+        "dropout": cfg.lora_dropout,
+        "use_dora": cfg.use_dora,
+        "use_rslora": cfg.use_rslora,
+        "init": cfg.init_lora_weights,
+        "seed": cfg.seed,
+    }
+
+
+def start_processes(cfg: Any, plan: Plan, trackers: list[Any]) -> Accelerator:
+    """accelerate's handle on device, precision and the other processes.
+
+    Raises:
+        UserError: other processes than the launcher named, or fp16 on a CPU.
+    """
+    precision = resolve_precision(cfg.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=cfg.log_dir)
+    if accelerator.num_processes != plan.world_size:
+        raise UserError(
+            f"the launcher names {plan.world_size} processes, {accelerator.num_processes} arrived"
+        )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError('mixed_precision "fp16" needs a GPU: take "no" or "bf16" on a CPU')
+    set_up_backend(accelerator.device.type, allow_tf32=cfg.allow_tf32, deterministic=cfg.deterministic)
+    return accelerator
+
+
+class Learner:
+    """The base with the LoRA in it, wrapped as the run needs it, and its optimizer.
+
+    unet, text_encoder       the live models; text_encoder is None unless it is trained
+    student, text_student    the same, wrapped for several processes, mixed precision and torch.compile
+    params                   what is trained, one list: optimized, clipped and counted
+    """
+
+    def __init__(self, cfg: Any, base: Base, accelerator: Accelerator, steps: int):
+        self.base, self.accelerator = base, accelerator
+        self.unet, self.text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
+        params = lora.add_lora(self.unet, **adapter_options(cfg, "unet"))
+        groups = [{"params": params, "lr": cfg.learning_rate}]
+        if self.text_encoder is not None:
+            text_params = lora.add_lora(self.text_encoder, **adapter_options(cfg, "text_encoder"))
+            text_rate = cfg.text_encoder_learning_rate or cfg.learning_rate
+            groups.append({"params": text_params, "lr": text_rate})
+            self.text_encoder.train()
+        self.params = [p for group in groups for p in group["params"]]
+        self.without_xformers = None  # why, where it was asked for
+        if cfg.enable_xformers_memory_efficient_attention:
+            self.without_xformers = enable_xformers(self.unet)
+        if cfg.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.unet.train()
+        optimizer = make_optimizer(cfg, groups)
+        self.rates = [group["lr"] for group in groups]
+        self.lr_factor = learning_rate_schedule(cfg, steps)
+        wrapped = torch.compile(self.unet) if cfg.torch_compile else self.unet
+        self.student, self.optimizer = accelerator.prepare(wrapped, optimizer)
+        self.text_student = None
+        if self.text_encoder is not None:
+            self.text_student = accelerator.prepare(self.text_encoder)
+
+    def set_rates(self, step: int) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.lr_factor(step)
+
+    def models(self, data: TrainingData) -> Models:
+        """What an objective may evaluate."""
+
+        def teacher(x_t: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), self.accelerator.autocast(), lora.lora_disabled(self.unet):
+                return as_function(self.unet)(x_t, timesteps, prompt_embeds)
+
+        return Models(
+            student=as_function(self.student),
+            teacher=teacher,
+            embed=lambda prompts: data.embed(prompts, self.text_student),
+            schedule=self.base.noise_schedule(),
+        )
