@@ -6,19 +6,21 @@ prompt_embeds are the text encoder's last hidden states (B, L, D).
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from PIL import Image
 from torch import Tensor
 
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.pictures.images import from_array
-from lorakit.weights.base import WEIGHTS, BaseError, BaseInfo, describe_base, inspect_base
+from lorakit.weights.base import BaseInfo, fetch_base
+from lorakit.weights.part_files import BaseError, read_places
+from lorakit.weights.published import load_tokenizer
 
 # The sampler of all that must be repeatable and invertible, whatever the base ships (PNDM in SD 1.5).
 DDIM: dict[str, Any] = {
@@ -33,10 +35,10 @@ class Base:
     """The parts of one base model: `unet` and `text_encoder` in `dtype`, `vae` always in float32.
 
     Args:
-        info: what weights.base.inspect_base found. A hub id is downloaded here, a single file is read here.
+        info: what weights.base.inspect_base found; a hub base that is not here is fetched.
         device: where the parts live once loaded.
         dtype: compute dtype of the frozen U-Net and text encoder.
-        prediction_type: what the U-Net predicts; None: as the base's scheduler says.
+        prediction_type: what the U-Net predicts; None: as `info` says.
 
     Raises:
         BaseError: the hub cannot be reached, or the files are not a Stable Diffusion 1.x/2.x.
@@ -50,71 +52,68 @@ class Base:
         prediction_type: str | None = None,
     ):
         quiet_libraries()
-        self.device, self.dtype, self.prediction_type = torch.device(device), dtype, prediction_type
-        self.whole = None  # of a single file: the pipeline that it holds
-        if info.kind == "file":
-            self.whole = _read_file(info.name)
-            info = _describe_whole(info.name, self.whole)
-        elif not info.known:
-            info = _download(info, dtype)
-        self.info = info
+        self.device, self.dtype = torch.device(device), dtype
+        self.info = info if info.known else fetch_base(info, prediction_type)
+        self.prediction_type = prediction_type or self.info.prediction_type
 
     @cached_property
     def unet(self):
         from diffusers import UNet2DConditionModel
 
-        unet = self._load(UNet2DConditionModel, "unet", self.dtype)
+        unet = self._load("unet", UNet2DConditionModel.from_config, self.dtype)
         return unet.to(self.device, memory_format=torch.channels_last)
 
     @cached_property
     def vae(self):
         from diffusers import AutoencoderKL
 
-        vae = self._load(AutoencoderKL, "vae", torch.float32)
+        vae = self._load("vae", AutoencoderKL.from_config, torch.float32)
         return vae.to(self.device, memory_format=torch.channels_last)
 
     @cached_property
     def text_encoder(self):
-        from transformers import CLIPTextModel
+        from transformers import CLIPTextConfig, CLIPTextModel
 
-        return self._load(CLIPTextModel, "text_encoder", self.dtype).to(self.device)
+        def make(config: dict[str, Any]) -> Any:
+            return CLIPTextModel(CLIPTextConfig.from_dict(config))
+
+        return self._load("text_encoder", make, self.dtype).to(self.device)
 
     @cached_property
     def tokenizer(self):
-        from transformers import CLIPTokenizer
-
-        return self._load(CLIPTokenizer, "tokenizer")
+        return load_tokenizer(self.info.tokenizer, self.info.pad_token)
 
     @cached_property
     def scheduler(self) -> Any:
         """The base's noise schedule as a DDIM sampler."""
         from diffusers import DDIMScheduler
 
-        changes: dict[str, Any] = dict(DDIM)
-        if self.prediction_type:
-            changes["prediction_type"] = self.prediction_type
-        return DDIMScheduler.from_config(self._load(DDIMScheduler, "scheduler").config, **changes)
+        changes: dict[str, Any] = DDIM | {"prediction_type": self.prediction_type}
+        return DDIMScheduler.from_config(self.info.configs["scheduler"], **changes)
 
     def noise_schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_scheduler(self.scheduler)
 
-    def _load(self, cls, part: str, dtype: torch.dtype | None = None) -> Any:
-        """One part; a model comes frozen and in eval mode.
+    def _load(self, part: str, make: Callable[[dict[str, Any]], Any], dtype: torch.dtype) -> Any:
+        """One part as `make` builds it from its config, with its weights in `dtype`, frozen and in eval mode.
 
         Any, since the libraries annotate `to`, `encode` and `config` in ways that correct calls do not fit.
         """
-        if self.whole is not None:
-            model = getattr(self.whole, part)
-        else:
-            options: dict = {"subfolder": part}
-            if dtype is not None:
-                options |= {"dtype": dtype, "use_safetensors": True}
-                options["variant"] = "fp16" if ".fp16." in self.info.files[part].name else None
-            try:
-                model = cls.from_pretrained(str(self.info.root), **options)
-            except (OSError, ValueError) as error:
-                raise BaseError(f"{self.info.root}/{part}: cannot be loaded: {error}") from None
-        return model if dtype is None else model.to(dtype).requires_grad_(False).eval()
+        path = self.info.files[part]
+        try:
+            with init_empty_weights():
+                model = make(self.info.configs[part])
+            # Copied out of the mapped file: what lies there unaligned is multiplied in another order.
+            places = read_places(self.info.places(part))
+            tensors = {name: tensor.to(dtype, copy=True) for name, tensor in places}
+            missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise BaseError(f"{path}: its {part} cannot be loaded: {error}") from None
+        if missing:
+            raise BaseError(
+                f"{path}: its {part} lacks {len(missing)} weights, such as {missing[0]}; fetch it again"
+            )
+        return model.requires_grad_(False).eval()
 
     @property
     def scaling_factor(self) -> float:
@@ -167,45 +166,6 @@ def posterior_sample(moments: Tensor, noise: Tensor, scaling_factor: float) -> T
     """Scaled latents drawn from the VAE's posterior (Kingma & Welling 2014, sec. 2.4), shape of `noise`."""
     mean, logvar = moments.chunk(2, dim=-3)
     return (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise) * scaling_factor
-
-
-def _download(info: BaseInfo, dtype: torch.dtype) -> BaseInfo:
-    """Fetch the parts of a hub base that are used; the half-precision weights where the dtype wants them."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    full = {part: f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()}
-    half = {part: name.replace(".safetensors", ".fp16.safetensors") for part, name in full.items()}
-    try:
-        names = set(HfApi().list_repo_files(info.name))
-        chosen = full if dtype == torch.float32 or half["unet"] not in names else half | {"vae": full["vae"]}
-        weights = [name if name in names else half[part] for part, name in chosen.items()]
-        root = snapshot_download(info.name, allow_patterns=["*/*.json", "*/*.txt", *weights])
-    except Exception as error:  # offline, gated, no such repository: the hub's message says which
-        raise BaseError(
-            f"{info.name}: cannot be fetched from the hub ({str(error).splitlines()[0]}). Without a network, "
-            "name a local folder or file instead; the embedded base is ckpt/miniature"
-        ) from None
-    return replace(inspect_base(root), name=info.name, kind="hub")
-
-
-def _read_file(name: str) -> Any:
-    """The pipeline of a single-file checkpoint, in float32 on the CPU."""
-    from diffusers import StableDiffusionPipeline
-
-    try:
-        return StableDiffusionPipeline.from_single_file(name, dtype=torch.float32, safety_checker=None)
-    except Exception as error:  # diffusers raises a dozen kinds here, among them network errors
-        raise BaseError(
-            f"{name}: cannot be read as a Stable Diffusion 1.x/2.x checkpoint ({error}). Its configs come "
-            "from the hub on first use; without a network, convert it to a diffusers folder first"
-        ) from None
-
-
-def _describe_whole(name: str, pipe: Any) -> BaseInfo:
-    configs = {part: dict(getattr(pipe, part).config) for part in ("unet", "vae", "scheduler")}
-    configs["text_encoder"] = pipe.text_encoder.config.to_dict()
-    counts = {part: getattr(pipe, part).num_parameters() for part in ("unet", "vae", "text_encoder")}
-    return describe_base(name, "file", Path(name), configs, dict.fromkeys(counts, Path(name)), counts)
 
 
 def open_base(info: BaseInfo, mixed_precision: str = "auto") -> Base:

@@ -10,8 +10,9 @@ from typing import Any
 
 from lorakit.ground.publish import existing_parent
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
-from lorakit.weights.base import BaseInfo, weight_shapes, weights_hash
+from lorakit.weights.base import BaseInfo, weights_hash
 from lorakit.weights.lora_file import TARGET_PRESETS
+from lorakit.weights.published import load_tokenizer
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
 RESNET_TENSORS = 10.0
@@ -19,8 +20,8 @@ TRANSFORMER_TENSORS = 25.0
 
 
 def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
-    """How many numbers are trained, counted in the headers of the base's weights; None without a folder."""
-    if not base.known or base.kind == "file":
+    """How many numbers are trained, counted in the headers of the base's weights; None without them."""
+    if not base.known:
         return None
     unet, text = TARGET_PRESETS["unet"], TARGET_PRESETS["text_encoder"]
     chosen: str | tuple[str, ...] = cfg.target_modules
@@ -30,7 +31,7 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
     total = 0
     for part, names in targets.items():
         pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, names))})\.weight")
-        for key, shape in weight_shapes(base.files[part]).items():
+        for key, shape in base.shapes(part).items():
             if pattern.fullmatch(key):
                 out, *rest = shape
                 total += cfg.rank * (out + math.prod(rest)) + (out if cfg.use_dora else 0)
@@ -89,15 +90,15 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
     lines.append(
         f"steps       {plan.steps} of {plan.total_batch} sample(s): {epochs:.4g} epochs; {elsewhere}"
     )
-    if base.kind != "hub" or base.known:
-        vae_hash = weights_hash(base.files.get("vae") or base.files["file"])
+    if base.known:
+        vae_hash = weights_hash(base.files["vae"])
         views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
         hits = sum(view.entry(plan.cache_dir, vae_hash).exists() for view in views)
         lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}")
     count = lora_parameters(cfg, base)
     size = f"{count:,} parameters" if count else "size not known before the base is here"
     lines.append(f"LoRA        rank {cfg.rank}, {size}")
-    if base.known and base.configs:
+    if base.known:
         choices = {"no": (False,), "auto": (False, True)}.get(cfg.mixed_precision, (True,))
         for half in choices:
             parts = predict_memory(cfg, plan, half)
@@ -150,12 +151,9 @@ def _steps_on(cfg: Any, plan: Plan, processes: int) -> int:
 
 def lost_tokens(cfg: Any, plan: Plan) -> list[str]:
     """Captions that are longer than the text encoder reads, with the words that it will not see."""
-    folder = plan.base.root / "tokenizer" if plan.base.root and plan.base.kind != "file" else None
-    if folder is None:
+    if not plan.base.known:
         return []
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+    tokenizer = load_tokenizer(plan.base.tokenizer, plan.base.pad_token)
     limit = min(tokenizer.model_max_length, plan.base.max_tokens)
     found = []
     for row in plan.table.rows:

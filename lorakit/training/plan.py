@@ -15,7 +15,7 @@ from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.folder import Table, read_folder, read_rows
 from lorakit.pictures.views import Shape, View, assign_shapes, views_of
-from lorakit.weights.base import BaseInfo, inspect_base, weight_shapes
+from lorakit.weights.base import BaseInfo, inspect_base
 
 LONGEST_NAME = 255  # bytes, on nearly every file system
 
@@ -132,9 +132,9 @@ def _check_names(cfg: Any) -> None:
 
 def _check_targets(cfg: Any, base: BaseInfo) -> None:
     """Refuse target_modules that name what the U-Net lacks, as far as the base's headers are here."""
-    if isinstance(cfg.target_modules, str) or not base.known or base.kind == "file":
+    if isinstance(cfg.target_modules, str) or not base.known:
         return
-    layers = [key for key, shape in weight_shapes(base.files["unet"]).items() if len(shape) in (2, 4)]
+    layers = [key for key, shape in base.shapes("unet").items() if len(shape) in (2, 4)]
     names = [f".{key.removesuffix('.weight')}" for key in layers if key.endswith(".weight")]
     lost = [end for end in cfg.target_modules if not any(name.endswith(f".{end}") for name in names)]
     if lost or not cfg.target_modules:

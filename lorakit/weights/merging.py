@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakit.ground.errors import UserError
 from lorakit.ground.publish import check_writable, explained, own_name, remove, sync
-from lorakit.weights.base import BaseInfo, inspect_base, weight_shapes
+from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.lora_file import TARGET_PRESETS, LoraPair, base_of, component_of, kohya_name
 from lorakit.weights.lora_metadata import Component
 from lorakit.weights.mixing import (
@@ -31,6 +31,7 @@ from lorakit.weights.mixing import (
     factors,
     packed,
 )
+from lorakit.weights.part_files import weight_shapes
 from lorakit.weights.tensors import read_header, tensor_bytes
 
 COMPONENTS: tuple[Component, ...] = ("unet", "text_encoder")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lorakit.weights.base import BaseError, inspect_base, weight_shapes, weights_hash
+from lorakit.weights.base import BaseError, inspect_base, weights_hash
+from lorakit.weights.part_files import weight_shapes
 
 MINIATURE = Path(__file__).resolve().parents[2] / "ckpt" / "miniature"
 
