@@ -760,8 +760,13 @@ def test_every_key_is_read_by_some_code(settings, pictures, tmp_path, monkeypatc
 
     seen: set[str] = set()
 
+    def while_checked(frame) -> bool:
+        while frame is not None and frame.f_code.co_name != "_agree":
+            frame = frame.f_back
+        return frame is not None
+
     def spy(self, name):
-        if name in TrainConfig.model_fields and sys._getframe(1).f_code.co_name != "_agree":
+        if name in TrainConfig.model_fields and name not in seen and not while_checked(sys._getframe(1)):
             seen.add(name)
         return object.__getattribute__(self, name)
 
