@@ -54,13 +54,19 @@ def text_config(folder: Path, vae: Path, **given) -> TextToImageConfig:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
+def recipe(once) -> tuple[Path, Path, Path, Path]:
     """The whole recipe: its folder, and what its three stages wrote."""
-    folder = tmp_path_factory.mktemp("miniature")
-    vae = train_autoencoder(autoencoder_config(folder), "…")
-    base = train_text_to_image(text_config(folder, vae), "…")
-    cfg = ControlNetConfig(**COMMON, output_dir=str(folder), ckpt_name="controlnet", base=str(base))
-    return folder, vae, base, train_controlnet(cfg, "…")
+
+    def make(folder: Path) -> None:
+        vae = train_autoencoder(autoencoder_config(folder), "…")
+        base = train_text_to_image(text_config(folder, vae), "…")
+        cfg = ControlNetConfig(**COMMON, output_dir=str(folder), ckpt_name="controlnet", base=str(base))
+        paths = vae, base, train_controlnet(cfg, "…")
+        (folder / "paths.json").write_text(json.dumps([str(path) for path in paths]))
+
+    folder = once("recipe", make)
+    vae, base, controlnet = map(Path, json.loads((folder / "paths.json").read_text()))
+    return folder, vae, base, controlnet
 
 
 def weights(checkpoint: Path) -> dict[str, str]:
