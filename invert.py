@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorakit.ground.config import Config, parse_command
+from lorakit.ground.command import parse_command
+from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
 from lorakit.ground.process import run_guarded
 from lorakit.ground.publish import check_writable, publish_file

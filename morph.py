@@ -25,7 +25,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorakit.film.morph_plan import MorphPlan, count_evaluations, describe_morph, fingerprint, make_morph_plan
-from lorakit.ground.config import Config, parse_command
+from lorakit.ground.command import parse_command
+from lorakit.ground.config import Config
 from lorakit.ground.errors import StoppedError, UserError
 from lorakit.ground.process import StopFlag, launched_processes, run_guarded
 from lorakit.ground.publish import check_writable, publish_file, remove

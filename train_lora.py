@@ -17,11 +17,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lorakit.ground.config import parse_command
+from lorakit.ground.checkpoints import prune_checkpoints
+from lorakit.ground.command import parse_command
 from lorakit.ground.errors import DivergedError, StoppedError, UserError
 from lorakit.ground.process import StopFlag, launched_processes, run_guarded
 from lorakit.ground.publish import check_writable, publish_file
-from lorakit.ground.runs import claim_run, lock_run, prune_checkpoints
+from lorakit.ground.runs import claim_run, lock_run
 from lorakit.training.config import TrainConfig
 from lorakit.training.forecast import checkpoint_bytes, describe_plan, lost_tokens
 from lorakit.training.plan import Plan, make_plan, missing_packages, result_paths

@@ -263,28 +263,9 @@ def morph_settings(tiny_base, pictures, fitted, tmp_path):
     """
 
     def make(count: int = 2, loras: tuple[bool, ...] = (True, True, True), **changes) -> list[str]:
-        images = [
-            {
-                "path": str(pictures / f"{k}.png"),
-                "prompt": f"a photo of mountains {k}",
-                "lora": str(fitted[k]) if loras[k] else None,
-            }
-            for k in range(count)
-        ]
-        keys = dict(
-            pretrained_model_name_or_path=str(tiny_base),
-            images=images,
-            train_if_missing=False,
-            frames=5,
-            num_inference_steps=6,
-            probe_steps=3,
-            probe_points=5,
-            output_dir=str(tmp_path / "out"),
-            name="film",
-            formats=[],
-            min_side=16,
-        )
-        return [f"{key}={json.dumps(value)}" for key, value in (keys | changes).items()]
+        own = {k: path for k, (path, has) in enumerate(zip(fitted, loras, strict=False)) if has}
+        keys = small.short_morph(tiny_base, pictures, own, count) | {"output_dir": str(tmp_path / "out")}
+        return small.settings_of(**(keys | changes))
 
     return make
 

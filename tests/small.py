@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,30 @@ def torchrun(script: str, arguments: list[str]) -> list[str]:
     """The command line of two processes; at a port of their own, for other tests run beside this one."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return [*launcher, "--master_port", str(free_port()), script, *arguments]
+
+
+def short_morph(base: Path, pictures: Path, loras: Mapping[int, Path], count: int) -> dict[str, Any]:
+    """A morph of a few frames through pictures of a folder; picture k has LoRA k, if there is one."""
+    images = [
+        {
+            "path": str(pictures / f"{k}.png"),
+            "prompt": f"a photo of mountains {k}",
+            "lora": str(loras[k]) if k in loras else None,
+        }
+        for k in range(count)
+    ]
+    return dict(
+        pretrained_model_name_or_path=str(base),
+        images=images,
+        train_if_missing=False,
+        frames=5,
+        num_inference_steps=6,
+        probe_steps=3,
+        probe_points=5,
+        name="film",
+        formats=[],
+        min_side=16,
+    )
 
 
 def full_disk(monkeypatch: "pytest.MonkeyPatch", at: int) -> Callable[[], int]:

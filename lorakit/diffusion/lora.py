@@ -17,16 +17,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from lorakit.ground.errors import UserError
-from lorakit.weights.lora_file import (
-    TARGET_PRESETS,
-    LoraFile,
-    LoraPair,
-    base_of,
-    component_of,
-    kohya_name,
-    read_lora,
-)
+from lorakit.weights.lora_file import TARGET_PRESETS, LoraFile, LoraPair, base_of, component_of, kohya_name
 from lorakit.weights.lora_metadata import Component
+from lorakit.weights.lora_reader import read_lora
 
 # ---- training ----
 

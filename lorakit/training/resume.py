@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorakit.ground.checkpoints import find_resume
 from lorakit.ground.errors import UserError
-from lorakit.ground.runs import find_resume, set_aside_after
+from lorakit.ground.runs import set_aside_after
 from lorakit.training.config import APPLIED, FIXED
 from lorakit.training.plan import Plan
 

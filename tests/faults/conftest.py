@@ -129,8 +129,8 @@ def a_run(tmp_path: Path) -> Callable[..., Path]:
 
     The state is that of the given command line; tensors are stand-ins, which nothing reads before torch is.
     """
+    from lorakit.ground.checkpoints import publish_checkpoint
     from lorakit.ground.config import load_config
-    from lorakit.ground.runs import publish_checkpoint
     from lorakit.training.config import TrainConfig
     from lorakit.training.plan import make_plan
     from lorakit.training.resume import STATE_VERSION, run_record

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from harness import ROOT, SCRIPTS, assert_refused, snapshot
 
-from generate import GenerateConfig
 from invert import InvertConfig
 from lorakit.ground.config import load_config
+from lorakit.sampling.generate_plan import GenerateConfig
+from lorakit.sampling.style_plan import StyleConfig
 from lorakit.training.config import TrainConfig
-from mix_lora import VERBS
+from lorakit.weights.verbs import VERBS
 from morph import MorphConfig
-from style_transfer import StyleConfig
 
 NUMBER = {
     "train_lora": "rank",

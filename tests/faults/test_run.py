@@ -18,9 +18,10 @@ import soak
 from harness import ROOT, assert_refused, litter, sha, snapshot
 from small import free_port, full_disk, settings_of, torchrun
 
+from lorakit.ground.checkpoints import checkpoints, verify_checkpoint
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import UserError
-from lorakit.ground.runs import checkpoints, lock_run, verify_checkpoint
+from lorakit.ground.runs import lock_run
 from lorakit.training.config import APPLIED, FIXED, FREE, TrainConfig
 from lorakit.training.plan import make_plan
 from lorakit.training.resume import check_resume

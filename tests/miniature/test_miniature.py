@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from lorakit.ground.checkpoints import verify_checkpoint
 from lorakit.ground.errors import StoppedError, UserError
-from lorakit.ground.runs import verify_checkpoint
 from miniature import autoencoder, classifier, diffusion, photographs, pictures, text
 from miniature import run as runs
 from miniature.landscapes import BASE_STYLES, STYLES, Scene, held_out

@@ -730,7 +730,7 @@ def fit_config(tmp_path: Path, **changes) -> str:
 
 @pytest.mark.slow
 def test_a_missing_lora_is_fitted_to_its_picture_first(morphed, guarded, pictures, tmp_path):
-    from lorakit.weights.lora_file import read_lora
+    from lorakit.weights.lora_reader import read_lora
 
     images = fit_images(pictures, tmp_path)
     options = {"images": images, "train_if_missing": True, "frames": 3, "width": 24, "height": 16}

@@ -22,7 +22,7 @@ from lorakit.ground.errors import DivergedError, StoppedError, UserError
 from lorakit.training.config import APPLIED, FIXED, FREE, TrainConfig
 from lorakit.training.plan import make_plan
 from lorakit.weights.base import inspect_base
-from lorakit.weights.lora_file import read_lora
+from lorakit.weights.lora_reader import read_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 

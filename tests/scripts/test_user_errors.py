@@ -23,10 +23,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_lora
-from lorakit.ground import publish, runs
+from lorakit.ground import publish
+from lorakit.ground.checkpoints import checkpoints, verify_checkpoint
 from lorakit.ground.config import load_config, schema
 from lorakit.ground.process import run_guarded
-from lorakit.ground.runs import checkpoints, verify_checkpoint
 from lorakit.training.config import TrainConfig
 from lorakit.training.data import read_entry
 from lorakit.training.denoise import Denoise
@@ -519,7 +519,7 @@ def test_a_full_disk_at_any_write_costs_nothing_and_the_run_resumes_to_the_same_
         real(path, data)
 
     monkeypatch.setattr(publish, "write_synced", failing)
-    monkeypatch.setattr(runs, "write_synced", failing)
+    monkeypatch.setattr("lorakit.ground.checkpoints.write_synced", failing)
     codes = []
     while not codes or codes[-1]:
         at, count = at + 1, 0

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lorakit.ground.errors import DivergedError, UserError
-from lorakit.weights.lora_file import LoraPair, base_of, kohya_name, lora_bytes, read_lora, unflatten
+from lorakit.weights.lora_file import LoraPair, base_of, kohya_name, lora_bytes, unflatten
+from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.tensors import payload_sha256, serialize
 
 ROOT = Path(__file__).resolve().parents[2]
