@@ -346,12 +346,12 @@ def test_a_base_that_is_fetched_first_gives_a_film_that_goes_on(
             return BaseInfo(name, "hub")
         return replace(inspect_base(str(folders[name])), name=name, kind="hub")
 
-    def download(info, dtype):
+    def fetch(info, prediction_type=None):
         here.add(info.name)
         return inspect(info.name)
 
     monkeypatch.setattr(morph_plan, "inspect_base", inspect)
-    monkeypatch.setattr(models, "_download", download)
+    monkeypatch.setattr(models, "fetch_base", fetch)
     sizes = {"width": 16, "height": 16}
     folder, _ = morphed(**QUICK, **sizes, pretrained_model_name_or_path="some/base")
     before, worked = frames_of(folder), sum(evaluations)
