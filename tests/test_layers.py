@@ -40,6 +40,9 @@ NO_TORCH = [
     "lorakit.sampling.gallery",
     "lorakit.training.plan",
     "lorakit.training.resume",
+    "lorakit.diffusion.inversion_plan",
+    "lorakit.film.fitting",
+    "lorakit.film.morph_folder",
     "lorakit.film.morph_plan",
 ]
 

@@ -53,14 +53,7 @@ def add_lora(
     """
     names = _resolve_targets(model, targets)
     if init == "orthogonal":
-        convolutions = [
-            name for name, layer in _layers(model).items() if name in names and layer.weight.ndim == 4
-        ]
-        if convolutions or rank % 2:
-            why = f"{convolutions[0]} is a convolution" if convolutions else f"rank is {rank}"
-            raise UserError(
-                f'init "orthogonal" needs linear layers and an even rank, but {why}; use "gaussian"'
-            )
+        _refuse_orthogonal(model, names, rank)
     effective = alpha * math.sqrt(rank) if use_rslora else alpha
     config = LoraConfig(
         r=rank,
@@ -76,6 +69,14 @@ def add_lora(
     for parameter in parameters:
         parameter.data = parameter.data.float()
     return parameters
+
+
+def _refuse_orthogonal(model: Any, names: Sequence[str], rank: int) -> None:
+    layers = _layers(model).items()
+    convolutions = [name for name, layer in layers if name in names and layer.weight.ndim == 4]
+    if convolutions or rank % 2:
+        why = f"{convolutions[0]} is a convolution" if convolutions else f"rank is {rank}"
+        raise UserError(f'init "orthogonal" needs linear layers and an even rank, but {why}; use "gaussian"')
 
 
 def extract(model: Any, prefix: Component, adapter_name: str = "default") -> dict[str, LoraPair]:
@@ -193,10 +194,8 @@ def _match(model: Any, component: Component, modules: dict[str, LoraPair], label
     result = {}
     for name, pair in modules.items():
         weight = layers[dotted[name]].weight
-        down, up = (
-            (pair.rank, *weight.shape[1:]),
-            (weight.shape[0], pair.rank, *(1 for _ in weight.shape[2:])),
-        )
+        down = (pair.rank, *weight.shape[1:])
+        up = (weight.shape[0], pair.rank, *(1 for _ in weight.shape[2:]))
         # A 1x1 convolution and a linear layer hold the same numbers: tools write either shape.
         if pair.down.numel() != math.prod(down) or pair.up.numel() != math.prod(up):
             raise UserError(_misfit(label, name, pair, weight, modules))

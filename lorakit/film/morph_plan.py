@@ -4,10 +4,11 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lorakit.film.config import MorphConfig
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
@@ -49,7 +50,7 @@ class MorphPlan:
         return self.base.latent_channels, self.shape[1] // factor, self.shape[0] // factor
 
 
-def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
+def make_morph_plan(cfg: MorphConfig, base: BaseInfo | None = None) -> MorphPlan:
     """Check base, pictures, LoRA files and writers, and count the frames.
 
     Args:
@@ -63,24 +64,9 @@ def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
     for key, side in zip(("width", "height"), shape, strict=True):
         if side % base.vae_factor:
             raise UserError(f"{key} {side}: must divide by the base's VAE factor, {base.vae_factor}")
-    notes = []
-    for i, picture in enumerate(cfg.images):
-        width, height = image_size(picture.path)
-        if width * shape[1] != height * shape[0]:
-            notes.append(f"images.{i}: {picture.path}, {width}x{height}, is cut to {shape[0]}x{shape[1]}")
-        if min(width / shape[0], height / shape[1]) < 0.5:
-            notes.append(f"images.{i}: {picture.path} is less than half as large as the frames: soft frames")
+    notes = _picture_notes(cfg, shape)
     loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
-    missing = tuple(path for path in loras if not Path(path).exists())
-    if missing and not cfg.train_if_missing:
-        raise UserError(
-            f"{missing[0]}: no such LoRA file; train it (python train_lora.py …), set train_if_missing=true "
-            "to fit one to the picture first, or set its lora to null"
-        )
-    if unnamed := [path for path in missing if Path(path).suffix != ".safetensors" or path.endswith("/")]:
-        raise UserError(f"{unnamed[0]}: a LoRA that is to be trained needs a name that ends in .safetensors")
-    if missing and not Path(cfg.fit_config).is_file():
-        raise UserError(f"fit_config {cfg.fit_config}: no such config, and {missing[0]} is to be trained")
+    missing = _missing(cfg, loras)
     for path in set(loras) - set(missing):
         _refuse_few_steps(path)
     for name, reason in missing_writers(cfg.formats).items():
@@ -92,6 +78,32 @@ def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
     segments = len(cfg.images) - (0 if cfg.loop else 1)
     total = segments * (cfg.frames - 1) + (0 if cfg.loop else 1)
     return MorphPlan(base, shape, segments, total, loras, missing, tuple(notes))
+
+
+def _picture_notes(cfg: MorphConfig, shape: Shape) -> list[str]:
+    notes = []
+    for i, picture in enumerate(cfg.images):
+        width, height = image_size(picture.path)
+        if width * shape[1] != height * shape[0]:
+            notes.append(f"images.{i}: {picture.path}, {width}x{height}, is cut to {shape[0]}x{shape[1]}")
+        if min(width / shape[0], height / shape[1]) < 0.5:
+            notes.append(f"images.{i}: {picture.path} is less than half as large as the frames: soft frames")
+    return notes
+
+
+def _missing(cfg: MorphConfig, loras: Sequence[str]) -> tuple[str, ...]:
+    """Those that are to be trained first."""
+    missing = tuple(path for path in loras if not Path(path).exists())
+    if missing and not cfg.train_if_missing:
+        raise UserError(
+            f"{missing[0]}: no such LoRA file; train it (python train_lora.py …), set train_if_missing=true "
+            "to fit one to the picture first, or set its lora to null"
+        )
+    if unnamed := [path for path in missing if Path(path).suffix != ".safetensors" or path.endswith("/")]:
+        raise UserError(f"{unnamed[0]}: a LoRA that is to be trained needs a name that ends in .safetensors")
+    if missing and not Path(cfg.fit_config).is_file():
+        raise UserError(f"fit_config {cfg.fit_config}: no such config, and {missing[0]} is to be trained")
+    return missing
 
 
 def _refuse_few_steps(path: str) -> None:
@@ -118,19 +130,19 @@ def _need_lpips() -> None:
 # ---- counting ----
 
 
-def probe_stride(cfg: Any) -> int:
+def probe_stride(cfg: MorphConfig) -> int:
     """Every how-many-th node of the grid a probe passes."""
     return math.ceil(cfg.num_inference_steps / cfg.probe_steps)
 
 
-def probe_rounds(cfg: Any) -> list[int]:
+def probe_rounds(cfg: MorphConfig) -> list[int]:
     """Inner positions of a segment per round of the probe: evenly spread ones, then where gaps are large."""
     inner = cfg.probe_points - 2
     first = max(1, (inner - 1) // 2)
     return [first, inner - first] if inner > first else [first]
 
 
-def count_evaluations(cfg: Any, plan: MorphPlan) -> dict[str, int]:
+def count_evaluations(cfg: MorphConfig, plan: MorphPlan) -> dict[str, int]:
     """U-Net evaluations of one row, by part of the work; guidance above 1 takes two for a row.
 
     fixed_point may need fewer: a row's search ends when it gets no better.
@@ -153,7 +165,7 @@ def count_evaluations(cfg: Any, plan: MorphPlan) -> dict[str, int]:
     return counts
 
 
-def attention_bytes(cfg: Any, plan: MorphPlan, element: int = 4) -> int | None:
+def attention_bytes(cfg: MorphConfig, plan: MorphPlan, element: int = 4) -> int | None:
     """Keys and values of one step, of all pictures, in the blocks that share attention."""
     unet = plan.base.configs.get("unet")
     if cfg.attention == "off" or not unet:
@@ -183,7 +195,7 @@ def _tokens(height: int, width: int, level: int) -> int:
     return height * width
 
 
-def predict_memory(cfg: Any, plan: MorphPlan, half: bool = False) -> dict[str, int] | None:
+def predict_memory(cfg: MorphConfig, plan: MorphPlan, half: bool = False) -> dict[str, int] | None:
     """Bytes on the device by part, without the framework's own; None where the base is not known.
 
     What a pass of the U-Net holds at its peak is taken as the skip connections and eight tensors of its
@@ -206,7 +218,7 @@ def predict_memory(cfg: Any, plan: MorphPlan, half: bool = False) -> dict[str, i
     }
 
 
-def describe_morph(cfg: Any, plan: MorphPlan) -> str:
+def describe_morph(cfg: MorphConfig, plan: MorphPlan) -> str:
     """The plan in words, for --check."""
     base = plan.base
     about = f"VAE factor {base.vae_factor}, {base.prediction_type}" if base.known else "read when work starts"
@@ -252,7 +264,7 @@ def base_hashes(base: BaseInfo) -> dict[str, str]:
     return hashes | {"configs": hashlib.sha256(configs.encode()).hexdigest()}
 
 
-def fingerprint(cfg: Any, plan: MorphPlan, dtype: str, loras: bool = True) -> str:
+def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = True) -> str:
     """A hash of all that the frames are a function of: settings and the content of every file."""
     settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in PRESENTATION}
     settings["images"] = [

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from harness import ROOT, SCRIPTS, assert_refused, snapshot
 
-from invert import InvertConfig
+from lorakit.diffusion.inversion_plan import InvertConfig
+from lorakit.film.config import MorphConfig
 from lorakit.ground.config import load_config
 from lorakit.sampling.generate_plan import GenerateConfig
 from lorakit.sampling.style_plan import StyleConfig
 from lorakit.training.config import TrainConfig
 from lorakit.weights.verbs import VERBS
-from morph import MorphConfig
 
 NUMBER = {
     "train_lora": "rank",
@@ -156,7 +156,10 @@ def names_read(paths: list[Path]) -> set[str]:
 
 READ_BY = {
     "morph": ({**MorphConfig.model_fields}, ["morph.py", "lorakit"]),
-    "invert": ({**InvertConfig.model_fields}, ["invert.py"]),
+    "invert": (
+        {**InvertConfig.model_fields},
+        ["invert.py", "lorakit/diffusion/inversion_plan.py", "lorakit/diffusion/inversion_report.py"],
+    ),
     "generate": ({**GenerateConfig.model_fields}, ["generate.py", "lorakit"]),
     "style_transfer": ({**StyleConfig.model_fields}, ["style_transfer.py", "lorakit"]),
     "mix_lora": ({key: 1 for verb in VERBS.values() for key in verb.config.model_fields}, ["mix_lora.py"]),

@@ -8,6 +8,7 @@ import pytest
 
 import morph
 from lorakit.film import morph_plan
+from lorakit.film.config import MorphConfig
 from lorakit.film.morph_plan import (
     attention_bytes,
     count_evaluations,
@@ -20,7 +21,6 @@ from lorakit.film.morph_plan import (
 )
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import OutputError, UserError
-from morph import MorphConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

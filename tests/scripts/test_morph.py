@@ -25,12 +25,12 @@ import morph
 from lorakit.diffusion import inversion
 from lorakit.diffusion.denoiser import Denoiser
 from lorakit.film import endpoints, morph_plan, shooting
+from lorakit.film.config import MorphConfig
 from lorakit.ground import publish
 from lorakit.ground.config import load_config, schema
 from lorakit.ground.process import run_guarded
 from lorakit.ground.runs import lock_run
 from lorakit.pictures.images import read_picture
-from morph import MorphConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
