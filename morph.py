@@ -129,6 +129,7 @@ def fit_missing(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag)
         square = plan.shape[0] == plan.shape[1]
         settings = {
             "pretrained_model_name_or_path": cfg.pretrained_model_name_or_path,
+            "prediction_type": cfg.prediction_type,
             "data_dir": str(data),
             "output_dir": str(Path(path).parent),
             "ckpt_name": Path(path).stem,

@@ -35,7 +35,7 @@ from lorakit.ground.runs import (
 )
 from lorakit.training.forecast import checkpoint_bytes, describe_plan, lost_tokens
 from lorakit.training.plan import Plan, make_plan, missing_packages, result_paths
-from lorakit.training.resume import check_resume, run_record, validation_record
+from lorakit.training.resume import check_base, check_resume, run_record, validation_record
 
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -234,6 +234,8 @@ def train(
     schedule = base.noise_schedule()
     if not plan.base.known:  # a hub id that was not on this machine, or a single file
         plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps)
+        if resume is not None:
+            check_base(resume, base.info)
     unet, text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
     unet_params = lora.add_lora(unet, **parts.adapter_options(cfg, "unet"))
     groups = [{"params": unet_params, "lr": cfg.learning_rate}]
@@ -296,6 +298,7 @@ def train(
             metrics.file.truncate_after(first_step)
         parts.start_trackers(cfg, accelerator)
         closing.callback(parts.end_tracking, accelerator)
+        record = run_record(cfg, plan) if main else {}
         due = parts.due_steps(cfg, plan.steps)
         per_pass = accelerator.num_processes * cfg.train_batch_size
         mine = accelerator.process_index * cfg.train_batch_size
@@ -351,7 +354,7 @@ def train(
             if done in due.sample and main:
                 sheet.draw(done)
             if main and (done in due.checkpoint or stopping or parts.exhausted(cfg, state)):
-                scaler, record = accelerator.scaler, run_record(cfg, plan)
+                scaler = accelerator.scaler
                 saving.save_checkpoint(run, state | record, unet, text_encoder, optimizer, scaler, best)
                 prune_checkpoints(run, cfg.checkpoints_total_limit)
             if stopping:

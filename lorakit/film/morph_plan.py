@@ -13,7 +13,8 @@ from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
-from lorakit.weights.base import BaseInfo, inspect_base, weights_hash
+from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.identity import base_identity
 from lorakit.weights.tensors import read_header
 
 Shape = tuple[int, int]
@@ -246,13 +247,6 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def base_hashes(base: BaseInfo) -> dict[str, str]:
-    """sha256 of every weights file of a base, and of its configs: with others the same weights differ."""
-    configs = json.dumps(base.configs, sort_keys=True, default=str)
-    hashes = {part: weights_hash(path) for part, path in base.files.items()}
-    return hashes | {"configs": hashlib.sha256(configs.encode()).hexdigest()}
-
-
 def fingerprint(cfg: Any, plan: MorphPlan, dtype: str, loras: bool = True) -> str:
     """A hash of all that the frames are a function of: settings and the content of every file."""
     settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in PRESENTATION}
@@ -265,6 +259,6 @@ def fingerprint(cfg: Any, plan: MorphPlan, dtype: str, loras: bool = True) -> st
         }
         for picture in cfg.images
     ]
-    settings |= {"shape": plan.shape, "base": base_hashes(plan.base), "dtype": dtype, "version": VERSION}
+    settings |= {"shape": plan.shape, "base": base_identity(plan.base), "dtype": dtype, "version": VERSION}
     settings.pop("pretrained_model_name_or_path")
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,8 @@ from typing import Any
 
 from lorakit.ground.publish import existing_parent
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
-from lorakit.weights.base import BaseInfo, weight_shapes, weights_hash
+from lorakit.weights.base import BaseInfo, weight_shapes
+from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
@@ -89,8 +90,8 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
     lines.append(
         f"steps       {plan.steps} of {plan.total_batch} sample(s): {epochs:.4g} epochs; {elsewhere}"
     )
-    if base.kind != "hub" or base.known:
-        vae_hash = weights_hash(base.files.get("vae") or base.files["file"])
+    if base.known:
+        vae_hash = base_identity(base, "vae")
         views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
         hits = sum(view.entry(plan.cache_dir, vae_hash).exists() for view in views)
         lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}")
