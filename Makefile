@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test soak check bench schema miniature clean
+.PHONY: demo test soak check bench gpu schema miniature clean
 
 demo: .venv/run            ## train both mountain LoRAs on the embedded miniature, show what came out, and morph
 	$(PY) demo.py
@@ -22,6 +22,10 @@ bench: .venv/run           ## time a training step, a morph and a picture agains
 	$(PY) benchmarks/train.py
 	$(PY) benchmarks/morph.py
 	$(PY) benchmarks/style.py
+
+minutes ?= 8
+gpu: .venv/dev             ## what a GPU does with all this, in minutes=8; peer=PATH device=cpu base=narrow; its last line is JSON
+	$(PY) benchmarks/gpu.py $(foreach key,minutes peer device base,$(if $($(key)),$(key)=$($(key))))
 
 schema: .venv/run          ## write the schemas with which editors complete the keys of configs
 	$(PY) train_lora.py --schema > cfg/schema.json

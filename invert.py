@@ -28,6 +28,7 @@ from lorakit.ground.publish import check_writable, publish_file
 from lorakit.pictures.images import IMAGE_SUFFIXES, image_size, psnr, read_picture, save_png
 from lorakit.pictures.views import assign_shapes
 from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.base_settings import ClipSkip, PredictionType, check_clip_skip, clip_skip_notes
 from lorakit.weights.tensors import read_header
 
 if TYPE_CHECKING:  # help and faults of the command line come without torch
@@ -60,6 +61,8 @@ class InvertConfig(Config):
         min_length=1,
         description="base model: diffusers folder, hub id or single .safetensors file",
     )
+    prediction_type: PredictionType = None
+    clip_skip: ClipSkip = None
     lora: str | None = Field(None, description="a LoRA file, such as one fitted to the picture; null: none")
     lora_weight: float = Field(1.0, description="factor on the LoRA's update")
     num_inference_steps: int = Field(50, ge=1, le=999, description="DDIM steps, there and back alike")
@@ -122,6 +125,7 @@ def look(cfg: InvertConfig) -> tuple[BaseInfo, tuple[int, int]]:
         UserError: base, picture, LoRA or size cannot be used.
     """
     info = inspect_base(cfg.pretrained_model_name_or_path)
+    check_clip_skip(info, cfg.clip_skip)
     size = image_size(cfg.image)
     if cfg.lora is not None:
         read_header(Path(cfg.lora))
@@ -148,7 +152,7 @@ def load(cfg: InvertConfig, info: BaseInfo) -> "InversionPipeline":
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     set_up_backend(device, allow_tf32=False)
-    base = Base(info, device)
+    base = Base(info, device, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     pipe = InversionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     if cfg.lora is not None:
@@ -313,6 +317,8 @@ def main(argv: list[str]) -> int:
     print(f"picture     {cfg.image} at {size[0]}x{size[1]}, {count}", flush=True)
     if max(cfg.guidance_scales) > 1 and cfg.prompt == cfg.negative_prompt:
         print("note        prompt and negative_prompt are the same, so that guidance changes nothing")
+    for note in clip_skip_notes(cfg.clip_skip, [cfg.lora] if cfg.lora else []):
+        print(f"note        {note}")
     if "check" in command.flags:
         return 0
     folder = Path(cfg.output_dir) / Path(cfg.image).stem

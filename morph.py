@@ -31,6 +31,7 @@ from lorakit.ground.process import StopFlag, launched_processes, run_guarded
 from lorakit.ground.publish import check_writable, publish_file, remove
 from lorakit.ground.runs import lock_run
 from lorakit.pictures.animation import FORMATS
+from lorakit.weights.base_settings import ClipSkip, PredictionType
 
 
 # fmt: off
@@ -57,7 +58,8 @@ class MorphConfig(Config):
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="dtype of U-Net and text encoder; auto: fp16 on a CUDA GPU, float32 elsewhere. The VAE and all latents are float32")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(None, description="what the U-Net predicts; null: as the base's scheduler says")
+    prediction_type: PredictionType = None
+    clip_skip: ClipSkip = None
 
     images: tuple[Picture, ...] = Field(min_length=2, description="the pictures in the order of the film")
     loop: bool = Field(False, description="from the last picture back to the first")
@@ -130,6 +132,7 @@ def fit_missing(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag)
         settings = {
             "pretrained_model_name_or_path": cfg.pretrained_model_name_or_path,
             "prediction_type": cfg.prediction_type,
+            "clip_skip": cfg.clip_skip,
             "data_dir": str(data),
             "output_dir": str(Path(path).parent),
             "ckpt_name": Path(path).stem,
@@ -183,7 +186,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
     assert device is not None
     set_up_backend(device.type)
     precision = resolve_precision(cfg.mixed_precision, device.type)
-    base = Base(plan.base, device, compute_dtype(precision), cfg.prediction_type)
+    base = Base(plan.base, device, compute_dtype(precision), cfg.prediction_type, cfg.clip_skip)
     if not plan.base.known:  # a hub id that was not on this machine, or a single file
         plan = make_morph_plan(cfg, base.info)
         if team.is_main_process:

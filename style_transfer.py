@@ -150,7 +150,7 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
     from lorakit.sampling.grid import Batch, fill
 
     started = time.perf_counter()
-    base = open_base(info, cfg.mixed_precision)
+    base = open_base(info, cfg.mixed_precision, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     check_size(cfg, base.info)  # again, for a base that was not on this machine
     name = controlnet_of(cfg, base.info)
     controlnet = restyling.load_controlnet(name, base) if name else None

@@ -36,6 +36,7 @@ from lorakit.ground.runs import (
 from lorakit.training.forecast import checkpoint_bytes, describe_plan, lost_tokens
 from lorakit.training.plan import Plan, make_plan, missing_packages, result_paths
 from lorakit.training.resume import check_base, check_resume, run_record, validation_record
+from lorakit.weights.base_settings import ClipSkip, PredictionType
 
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -58,7 +59,8 @@ class TrainConfig(Config):
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="compute dtype of the frozen base; auto: fp16 or bf16 if the launcher says so, else bf16 (or fp16) on a CUDA GPU and float32 elsewhere. LoRA weights are float32 always")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(None, description="what the U-Net predicts; null: as the base's scheduler says")
+    prediction_type: PredictionType = None
+    clip_skip: ClipSkip = None
     enable_xformers_memory_efficient_attention: bool = Field(False, description="xformers attention where it runs, else torch SDPA and one line that says so")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third slower")
     allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA GPUs")
@@ -230,7 +232,7 @@ def train(
     set_up_backend(accelerator.device.type, allow_tf32=cfg.allow_tf32, deterministic=cfg.deterministic)
     main = accelerator.is_main_process
     say = tqdm.write if main else str
-    base = Base(plan.base, accelerator.device, compute_dtype(precision), cfg.prediction_type)
+    base = Base(plan.base, accelerator.device, compute_dtype(precision), cfg.prediction_type, cfg.clip_skip)
     schedule = base.noise_schedule()
     if not plan.base.known:  # a hub id that was not on this machine, or a single file
         plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps)

@@ -122,7 +122,8 @@ def path_names(
     shared = [CACHE_VERSION, base_identity(info), plan.shape, cfg.num_inference_steps]
     shared += [cfg.inversion_method, dtype]
     shared += [cfg.fixed_point_iterations if cfg.inversion_method == "fixed_point" else None]
-    shared += [cfg.inversion_guidance_scale, cfg.negative_prompt if guided else None, cfg.prediction_type]
+    shared += [cfg.inversion_guidance_scale, cfg.negative_prompt if guided else None]
+    shared += [cfg.prediction_type, cfg.clip_skip]
     names = []
     for picture in cfg.images:
         lora = (file_sha256(picture.lora), picture.lora_weight) if picture.lora and loras else None

@@ -14,6 +14,7 @@ from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
 from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.base_settings import check_clip_skip, clip_skip_notes
 from lorakit.weights.identity import base_identity
 from lorakit.weights.tensors import read_header
 
@@ -60,6 +61,7 @@ def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
         UserError: what is missing, unreadable or does not fit together; names the key and the remedy.
     """
     base = base or inspect_base(cfg.pretrained_model_name_or_path)
+    check_clip_skip(base, cfg.clip_skip)
     shape = cfg.width or base.resolution, cfg.height or base.resolution
     for key, side in zip(("width", "height"), shape, strict=True):
         if side % base.vae_factor:
@@ -82,8 +84,9 @@ def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
         raise UserError(f"{unnamed[0]}: a LoRA that is to be trained needs a name that ends in .safetensors")
     if missing and not Path(cfg.fit_config).is_file():
         raise UserError(f"fit_config {cfg.fit_config}: no such config, and {missing[0]} is to be trained")
-    for path in set(loras) - set(missing):
+    for path in (present := [path for path in loras if path not in missing]):
         _refuse_few_steps(path)
+    notes += clip_skip_notes(cfg.clip_skip, present)
     for name, reason in missing_writers(cfg.formats).items():
         raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
     if cfg.distance == "lpips":

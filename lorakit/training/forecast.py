@@ -11,6 +11,7 @@ from typing import Any
 from lorakit.ground.publish import existing_parent
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
 from lorakit.weights.base import BaseInfo, weight_shapes
+from lorakit.weights.base_settings import text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
 
@@ -28,11 +29,12 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
     targets = {"unet": unet[chosen] if isinstance(chosen, str) else chosen}
     if cfg.train_text_encoder:
         targets["text_encoder"] = text[chosen if isinstance(chosen, str) else "attention"]
-    total = 0
+    total, layers = 0, text_layers(base, cfg.clip_skip)
     for part, names in targets.items():
         pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, names))})\.weight")
         for key, shape in weight_shapes(base.files[part]).items():
-            if pattern.fullmatch(key):
+            number = re.search(r"\blayers\.(\d+)\.", key)  # of the text encoder's alone
+            if pattern.fullmatch(key) and (number is None or int(number[1]) < layers):
                 out, *rest = shape
                 total += cfg.rank * (out + math.prod(rest)) + (out if cfg.use_dora else 0)
     return total

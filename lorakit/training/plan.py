@@ -16,6 +16,7 @@ from lorakit.ground.publish import existing_parent
 from lorakit.pictures.folder import Table, read_folder, read_rows
 from lorakit.pictures.views import Shape, View, assign_shapes, views_of
 from lorakit.weights.base import BaseInfo, inspect_base, weight_shapes
+from lorakit.weights.base_settings import check_clip_skip
 
 LONGEST_NAME = 255  # bytes, on nearly every file system
 
@@ -49,6 +50,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
     """
     _check_names(cfg)
     base = base or inspect_base(cfg.pretrained_model_name_or_path)
+    check_clip_skip(base, cfg.clip_skip)
     _check_targets(cfg, base)
     resolution = cfg.resolution or base.resolution
     if resolution % base.vae_factor:
