@@ -35,9 +35,10 @@ if TYPE_CHECKING:  # help, checks and faults of the command line come without to
 
 def invert(cfg: InvertConfig, plan: InversionPlan, folder: Path) -> None:
     """Print the table, and write reconstructions, sheet and report."""
+    picture = read_picture(cfg.image, plan.size)  # a broken one is found before torch is imported
+
     from lorakit.diffusion.inversion_report import HEADER, likeness, make_report, scores, sheet, show
 
-    picture = read_picture(cfg.image, plan.size)
     pipe = load(cfg, plan.base)
     round_trip = pipe.decode_latents_to_pictures(pipe.encode_image(picture, *plan.size))[0]
     bound = likeness(round_trip, picture)
@@ -65,7 +66,7 @@ def load(cfg: InvertConfig, info: BaseInfo) -> "InversionPipeline":
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     set_up_backend(device, allow_tf32=False)
-    base = Base(info, device)
+    base = Base(info, device, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     pipe = InversionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     if cfg.lora is not None:
