@@ -17,9 +17,16 @@ from typing import TYPE_CHECKING
 from lorakit.ground.process import run_guarded
 from lorakit.sampling.config import check_size
 from lorakit.sampling.gallery import Gallery, fill_folder
-from lorakit.sampling.generate_plan import GenerateConfig, count_pictures, picture_shape, read_prompts
+from lorakit.sampling.generate_plan import (
+    GenerateConfig,
+    count_pictures,
+    picture_shape,
+    read_prompts,
+    texts_of,
+)
 from lorakit.sampling.recipe import parse_sampling
 from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.tokens import unread_notes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +83,8 @@ def main(argv: list[str]) -> int:
     check_size(cfg, info)
     prompts = read_prompts(cfg)
     notes = [note for _, cell in cfg.numbered_cells() for note in cell.resolved()[1]]
+    if "check" in command.flags:  # a run says it where it comes to them
+        notes += unread_notes(info, texts_of(cfg))
     width, height = picture_shape(cfg, info)
     count = count_pictures(cfg, prompts)
     return fill_folder(

@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.diffusion.inversion_plan import InversionPlan, InvertConfig, make_inversion_plan
-from lorakit.ground.command import parse_command
+from lorakit.diffusion.inversion_plan import InversionPlan, InvertConfig, make_inversion_plan, prompts_of
+from lorakit.ground.command import parse_command, print_notes
 from lorakit.ground.errors import UserError
 from lorakit.ground.process import run_guarded
 from lorakit.ground.publish import check_writable, publish_file
 from lorakit.pictures.images import IMAGE_SUFFIXES, read_picture, save_png
 from lorakit.weights.base import BaseInfo
+from lorakit.weights.tokens import unread_notes
 
 if TYPE_CHECKING:  # help, checks and faults of the command line come without torch
     from PIL.Image import Image
@@ -67,6 +68,8 @@ def load(cfg: InvertConfig, info: BaseInfo) -> "InversionPipeline":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     set_up_backend(device, allow_tf32=False)
     base = Base(info, device, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
+    if not info.known:
+        print_notes(unread_notes(base.info, prompts_of(cfg)))
     pipe = InversionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     if cfg.lora is not None:
@@ -145,7 +148,7 @@ def main(argv: list[str]) -> int:
     width, height = plan.size
     count = f"{len(plan.runs)} inversions in {cfg.num_inference_steps} steps"
     print(f"picture     {cfg.image} at {width}x{height}, {count}", flush=True)
-    print("".join(f"note        {note}\n" for note in plan.notes), end="", flush=True)
+    print_notes(plan.notes)
     if "check" in command.flags:
         return 0
     folder = Path(cfg.output_dir) / Path(cfg.image).stem

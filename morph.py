@@ -23,7 +23,7 @@ from lorakit.film.config import MorphConfig
 from lorakit.film.fitting import fit_missing
 from lorakit.film.morph_folder import WITHOUT, Version, claim, finished_version
 from lorakit.film.morph_plan import MorphPlan, count_evaluations, describe_morph, fingerprint, make_morph_plan
-from lorakit.ground.command import parse_command
+from lorakit.ground.command import parse_command, print_notes
 from lorakit.ground.errors import StoppedError, UserError
 from lorakit.ground.process import StopFlag, launched_processes, run_guarded
 from lorakit.ground.publish import check_writable, remove
@@ -77,9 +77,10 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
     precision = resolve_precision(cfg.mixed_precision, device.type)
     base = Base(plan.base, device, compute_dtype(precision), cfg.prediction_type, cfg.clip_skip)
     if not plan.base.known:  # a hub id that was not on this machine
-        plan = make_morph_plan(cfg, base.info)
+        told, plan = plan.notes, make_morph_plan(cfg, base.info)
         if team.is_main_process:
             claim(cfg, folder, fingerprint(cfg, plan, cfg.mixed_precision))
+            print_notes(note for note in plan.notes if note not in told)
     team.wait_for_everyone()  # until the folder is claimed
     adapters = endpoints.load_adapters(base, plan.loras)
     pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]
@@ -197,7 +198,7 @@ def main(argv: list[str]) -> int:
     hint = shlex.join([*launcher, "morph.py", *(word for word in argv if not word.startswith("overwrite="))])
     with lock_run(folder) if rank == 0 else contextlib.nullcontext(), StopFlag() as stop:
         if rank == 0:
-            print("\n".join(f"note        {note}" for note in plan.notes), end="\n" if plan.notes else "")
+            print_notes(plan.notes)
         if plan.missing:
             if world_size > 1:
                 raise UserError("train_if_missing trains in one process: run once without the launcher")

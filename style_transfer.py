@@ -29,8 +29,10 @@ from lorakit.sampling.style_plan import (
     find_pictures,
     notes_of,
     shape_of,
+    texts_of,
 )
 from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.tokens import unread_notes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -156,6 +158,8 @@ def main(argv: list[str]) -> int:
     check_size(cfg, info)
     paths = find_pictures(cfg.image)
     notes = notes_of(cfg, info, paths)
+    if "check" in command.flags:  # a run says it where it comes to them
+        notes += unread_notes(info, texts_of(cfg))
     count = len(cfg.numbered_cells()) * len(paths) * cfg.images_per_picture
     return fill_folder(
         command,

@@ -41,6 +41,7 @@ NO_TORCH = [
     "lorakit.training.plan",
     "lorakit.training.resume",
     "lorakit.diffusion.inversion_plan",
+    "lorakit.weights.tokens",
     "lorakit.film.fitting",
     "lorakit.film.morph_folder",
     "lorakit.film.morph_plan",

@@ -11,6 +11,7 @@ from lorakit.pictures.images import image_size
 from lorakit.pictures.views import assign_shapes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import ClipSkip, PredictionType, check_clip_skip, clip_skip_notes
+from lorakit.weights.tokens import unread_notes
 
 Method = Literal["ddim", "fixed_point", "obelm", "null_text", "anchored"]
 """Described in inversion.py."""
@@ -94,4 +95,8 @@ def make_inversion_plan(cfg: InvertConfig) -> InversionPlan:
     ]
     if max(scales) > 1 and cfg.prompt == cfg.negative_prompt:
         notes.append("prompt and negative_prompt are the same, so that guidance changes nothing")
-    return InversionPlan(base, size, tuple(runs), tuple(notes))
+    return InversionPlan(base, size, tuple(runs), (*notes, *unread_notes(base, prompts_of(cfg))))
+
+
+def prompts_of(cfg: InvertConfig) -> tuple[str, ...]:
+    return cfg.prompt, cfg.negative_prompt

@@ -18,6 +18,7 @@ from lorakit.weights.base_settings import check_clip_skip, clip_skip_notes
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_metadata import trained_objectives
 from lorakit.weights.tensors import read_header
+from lorakit.weights.tokens import unread_notes
 
 Shape = tuple[int, int]
 VERSION = 1  # of what frames are a function of; counts up when the same config gives other frames
@@ -67,7 +68,8 @@ def make_morph_plan(cfg: MorphConfig, base: BaseInfo | None = None) -> MorphPlan
     for key, side in zip(("width", "height"), shape, strict=True):
         if side % base.vae_factor:
             raise UserError(f"{key} {side}: must divide by the base's VAE factor, {base.vae_factor}")
-    notes = _picture_notes(cfg, shape)
+    texts = [*(picture.prompt for picture in cfg.images), cfg.negative_prompt, cfg.anchor_prompt or ""]
+    notes = _picture_notes(cfg, shape) + unread_notes(base, texts)
     loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
     missing = _missing(cfg, loras)
     for path in (present := [path for path in loras if path not in missing]):

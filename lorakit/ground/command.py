@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -67,6 +67,11 @@ def parse_command(
         parser.exit()
     chosen = frozenset(name for name in (*flags, "check") if getattr(known, name.replace("-", "_")))
     return Command(loaded.config, path, loaded.origins, chosen)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What users should know before the work, each line once."""
+    print("".join(f"note        {note}\n" for note in dict.fromkeys(notes)), end="", flush=True)
 
 
 def _config_file(parser: argparse.ArgumentParser, cls: type[Config], settings: Sequence[str]) -> str | None:

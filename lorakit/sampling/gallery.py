@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from lorakit.ground.command import Command
+from lorakit.ground.command import Command, print_notes
 from lorakit.ground.errors import UserError
 from lorakit.ground.publish import check_writable, publish_file, remove
 from lorakit.pictures.images import save_png
@@ -58,7 +58,7 @@ def fill_folder(
         UserError, OutputError: as `claim_folder`.
     """
     print(f"pictures    {what}", flush=True)
-    print("".join(f"note        {note}\n" for note in dict.fromkeys(notes)), end="", flush=True)
+    print_notes(notes)
     if "check" in command.flags:
         return 0
     folder = claim_folder(command.config)

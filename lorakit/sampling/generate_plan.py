@@ -48,6 +48,11 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
     return prompts
 
 
+def texts_of(cfg: GenerateConfig) -> list[str]:
+    """What the text encoder is to read, in all cells of the grid."""
+    return [text for _, cell in cfg.numbered_cells() for text in (*read_prompts(cell), cell.negative_prompt)]
+
+
 def picture_shape(cfg: GenerateConfig, info: BaseInfo) -> tuple[int, int]:
     """Width and height in pixels."""
     return cfg.width or info.resolution, cfg.height or info.resolution

@@ -14,7 +14,8 @@ from lorakit.diffusion.models import Base
 from lorakit.ground.chunks import Chunks
 from lorakit.sampling.config import SamplingConfig
 from lorakit.sampling.gallery import Gallery, Picture
-from lorakit.sampling.samplers import LoraStack, encode_prompts, make_scheduler, unread_notes
+from lorakit.sampling.samplers import LoraStack, encode_prompts, make_scheduler
+from lorakit.weights.tokens import unread_notes
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def fill(
             cell, _ = cell.resolved()
             stack.use(cell.loras)
             texts = prompts(cell)
-            for note in stack.new_notes() + unread_notes(base, [*texts, cell.negative_prompt]):
+            unread = unread_notes(base.info, [*texts, cell.negative_prompt], base.tokenizer)
+            for note in stack.new_notes() + unread:
                 if note not in said:
                     bar.write(f"note        {note}")
                     said.add(note)

@@ -50,14 +50,6 @@ def encode_prompts(base: Base, prompts: Sequence[str]) -> Tensor:
     return base.text_encoder(base.tokenize(list(prompts)))[0]
 
 
-def unread_notes(base: Base, prompts: Sequence[str]) -> list[str]:
-    """A line for each prompt whose end is over the text encoder's length and so has no effect."""
-    length = min(base.tokenizer.model_max_length, base.info.max_tokens)
-    ids = [base.tokenizer(prompt, truncation=False, verbose=False).input_ids for prompt in prompts]
-    lost = [base.tokenizer.decode(each[length - 1 : -1]) for each in ids if len(each) > length]
-    return [f"a prompt is over {length} tokens: “{words.strip()}” is not read" for words in lost]
-
-
 # ---- LoRAs ----
 
 

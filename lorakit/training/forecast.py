@@ -14,7 +14,7 @@ from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
-from lorakit.weights.published import load_tokenizer
+from lorakit.weights.tokens import overlong
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
 RESNET_TENSORS = 10.0
@@ -154,14 +154,9 @@ def _steps_on(cfg: Any, plan: Plan, processes: int) -> int:
 
 def lost_tokens(cfg: Any, plan: Plan) -> list[str]:
     """Captions that are longer than the text encoder reads, with the words that it will not see."""
-    if not plan.base.known:
-        return []
-    tokenizer = load_tokenizer(plan.base.tokenizer, plan.base.pad_token)
-    limit = min(tokenizer.model_max_length, plan.base.max_tokens)
-    found = []
-    for row in plan.table.rows:
-        ids = tokenizer(row.caption, truncation=False, verbose=False).input_ids
-        if len(ids) > limit:
-            lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
-            found.append(f"{row.line}: {len(ids)} tokens, {limit} are read; lost: {lost!r}")
+    rows = plan.table.rows
+    found = [
+        f"{rows[index].line}: {tokens} tokens, {limit} are read; lost: {words!r}"
+        for index, tokens, limit, words in overlong(plan.base, [row.caption for row in rows])
+    ]
     return found[:20] + ([f"and {len(found) - 20} more"] if len(found) > 20 else [])

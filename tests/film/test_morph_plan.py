@@ -151,6 +151,17 @@ def test_check_prints_the_plan_and_writes_nothing(morph_settings, fitted, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_texts_that_are_too_long_are_said(planned):
+    ends = ["one", "two", "three"]
+    long = ["mountains and a lake " * 20 + end for end in ends]
+    images = planned()[0].model_dump(mode="json")["images"]
+    images[1]["prompt"] = long[0]
+    _, plan = planned(images=images, negative_prompt=long[1], anchor_prompt=long[2])
+    notes = [note for note in plan.notes if "is not read" in note]
+    assert len(notes) == 3 and all(f"{end}”" in note for end, note in zip(ends, notes, strict=True))
+    assert not any("is not read" in note for note in planned(anchor_prompt="mountains and a lake")[1].notes)
+
+
 def test_check_says_what_is_to_be_trained_and_that_compare_does_it_twice(planned, tmp_path):
     lora = str(tmp_path / "new.safetensors")
     cfg, _ = planned(compare=True)

@@ -31,11 +31,11 @@ from lorakit.sampling.samplers import (
     encode_prompts,
     make_scheduler,
     sample_images,
-    unread_notes,
 )
 from lorakit.weights.base import inspect_base
 from lorakit.weights.lora_file import LoraPair, lora_bytes, unflatten
 from lorakit.weights.lora_reader import read_lora
+from lorakit.weights.tokens import unread_notes
 
 NAMES = get_args(SchedulerName)
 ONE_LEVEL = 1  # of 255: what the order of sums in a batch may change
@@ -381,8 +381,8 @@ def test_a_portrait_is_a_portrait(base):
 
 def test_a_prompt_that_is_too_long_is_said_with_what_is_lost(base):
     fits = "a photo of mountains"
-    assert unread_notes(base, [fits, ""]) == []
-    (note,) = unread_notes(base, [fits, fits + " and a lake" * 20 + " at the very end"])
+    assert unread_notes(base.info, [fits, ""]) == []
+    (note,) = unread_notes(base.info, [fits, fits + " and a lake" * 20 + " at the very end"])
     assert note.startswith("a prompt is over 32 tokens: “") and "at the very end” is not read" in note
     lost = note.split("“")[1].split("”")[0]
     one, other = (encode_prompts(base, [text]) for text in ("a lake " * 60, "a lake " * 60 + lost))

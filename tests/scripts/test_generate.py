@@ -401,6 +401,15 @@ def test_check_says_what_would_be_made_and_writes_nothing(arguments, tmp_path, c
     assert "18 at 16x16" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_check_says_what_is_not_read_in_any_cell(arguments, capsys):
+    ends = [f"to the end of {number}" for number in range(3)]
+    long = ["a photo of mountains " * 20 + end for end in ends]
+    argv = arguments("--check", negative_prompt=long[2], grid={"prompt": [long[0], "short", long[1]]})
+    assert generate.main(argv) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "is not read" in line]
+    assert len(notes) == 3 and all(any(f"{end}”" in note for note in notes) for end in ends)
+
+
 @pytest.mark.parametrize("flag", ["--help", "--check", "--schema", "--print-config"])
 def test_the_command_line_answers_at_once_and_without_torch(program, flag):
     result = program("generate.py", [flag])

@@ -132,6 +132,35 @@ def test_check_writes_nothing(arguments, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_that_is_too_long_is_said(arguments, capsys):
+    long = "a photo of mountains " * 20 + "with a lake"
+    assert invert.main(arguments("--check", negative_prompt=long)) == 0
+    assert "with a lake” is not read" in capsys.readouterr().out
+    assert invert.main(arguments("--check")) == 0
+    assert "is not read" not in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_too_long_is_said_once_its_base_is_fetched(
+    arguments, tiny_base, capsys, monkeypatch
+):
+    from lorakit.diffusion import inversion_plan, models
+    from lorakit.weights.base import BaseInfo, inspect_base
+
+    monkeypatch.setattr(inversion_plan, "inspect_base", lambda name, **_: BaseInfo(name, "hub"))
+    monkeypatch.setattr(models, "fetch_base", lambda *_: inspect_base(str(tiny_base)))
+    options = {
+        "prompt": "a lake " * 40,
+        "methods": ["ddim"],
+        "guidance_scales": [1.0],
+        "width": 16,
+        "height": 16,
+    }
+    assert invert.main(arguments("--check", **options)) == 0
+    assert "is not read" not in capsys.readouterr().out
+    assert invert.main(arguments(**options)) == 0
+    assert capsys.readouterr().out.count("is not read") == 1
+
+
 def test_a_reconstruction_that_is_not_finite_is_said_and_not_a_fault(
     arguments, tmp_path, capsys, monkeypatch
 ):

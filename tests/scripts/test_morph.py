@@ -327,31 +327,42 @@ def test_another_film_in_the_same_folder_is_refused_and_overwrite_replaces_it(
     assert guarded(other)[0] == 0  # the same film again needs no overwrite
 
 
-def test_a_base_that_is_fetched_first_gives_a_film_that_goes_on(
-    morphed, morph_settings, guarded, evaluations, tiny_base, tmp_path, monkeypatch
-):
-    """Before that nothing is known of it: no film may be taken for another one."""
+@pytest.fixture
+def hub(monkeypatch):
+    """Factory of a hub: name -> folder of bases of which nothing is known before they are fetched."""
     from dataclasses import replace
 
     from lorakit.diffusion import models
     from lorakit.weights.base import BaseInfo, inspect_base
 
+    def make(folders) -> set[str]:
+        """Returns the names of those that have been fetched."""
+        here = set()
+
+        def inspect(name, **_):
+            if name not in here:
+                return BaseInfo(name, "hub")
+            return replace(inspect_base(str(folders[name])), name=name, kind="hub")
+
+        def fetch(info, prediction_type=None):
+            here.add(info.name)
+            return inspect(info.name)
+
+        monkeypatch.setattr(morph_plan, "inspect_base", inspect)
+        monkeypatch.setattr(models, "fetch_base", fetch)
+        return here
+
+    return make
+
+
+def test_a_base_that_is_fetched_first_gives_a_film_that_goes_on(
+    morphed, morph_settings, guarded, evaluations, hub, tiny_base, tmp_path
+):
+    """Before that nothing is known of it: no film may be taken for another one."""
     other = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     settings = other / "scheduler/scheduler_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"beta_end": 0.02}))
-    folders, here = {"some/base": tiny_base, "other/base": other}, set()
-
-    def inspect(name, **_):
-        if name not in here:
-            return BaseInfo(name, "hub")
-        return replace(inspect_base(str(folders[name])), name=name, kind="hub")
-
-    def fetch(info, prediction_type=None):
-        here.add(info.name)
-        return inspect(info.name)
-
-    monkeypatch.setattr(morph_plan, "inspect_base", inspect)
-    monkeypatch.setattr(models, "fetch_base", fetch)
+    here = hub({"some/base": tiny_base, "other/base": other})
     sizes = {"width": 16, "height": 16}
     folder, _ = morphed(**QUICK, **sizes, pretrained_model_name_or_path="some/base")
     before, worked = frames_of(folder), sum(evaluations)
@@ -360,6 +371,17 @@ def test_a_base_that_is_fetched_first_gives_a_film_that_goes_on(
     arguments = morph_settings(**QUICK, **sizes, pretrained_model_name_or_path="other/base")
     assert_one_message(guarded(arguments), 2, "holds another morph")
     assert frames_of(folder) == before and here == {"some/base", "other/base"}
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_what_is_not_read_of_a_prompt_is_said_once(morph_settings, guarded, hub, tiny_base, fetched):
+    if fetched:
+        hub({str(tiny_base): tiny_base})
+    options = QUICK | {"width": 16, "height": 16, "frames": 2}
+    code, out, err = guarded(morph_settings(**options, anchor_prompt="a lake " * 40))
+    assert code == 0 and out.count("a prompt is over 32 tokens") == 1, err
+    code, out, err = guarded(morph_settings(**options, anchor_prompt="a lake", name="short"))
+    assert code == 0 and "is not read" not in out, err
 
 
 @pytest.mark.parametrize("key", ["picture", "lora", "prompt"])

@@ -471,6 +471,14 @@ def test_check_writes_nothing(arguments, tmp_path, capsys):
     assert "pictures    4 of 1 with" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_check_says_what_is_not_read_in_any_cell(arguments, capsys):
+    long = ["mountains and a lake " * 20 + end for end in ("one", "two")]
+    argv = arguments("--check", negative_prompt=long[1], grid={"prompt": ["short", long[0]]})
+    assert style_transfer.main(argv) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "is not read" in line]
+    assert len(notes) == 2 and "one”" in notes[0] + notes[1] and "two”" in notes[0] + notes[1]
+
+
 @pytest.mark.parametrize("flag", ["--help", "--check", "--schema", "--print-config"])
 def test_the_command_line_answers_at_once_and_without_torch(program, flag):
     result = program("style_transfer.py", ["loras=[]", flag])

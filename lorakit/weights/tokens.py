@@ -1,0 +1,70 @@
+"""What a base's text encoder does not read of a text, since it is too long. No torch here."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lorakit.weights.base import BaseInfo
+from lorakit.weights.part_files import BaseError
+from lorakit.weights.published import load_tokenizer
+
+
+class Overlong(NamedTuple):
+    """Text number `index` has `tokens`, with the marks of its ends; `limit` are read, `words` are not."""
+
+    index: int
+    tokens: int
+    limit: int
+    words: str
+
+
+def overlong(info: BaseInfo, texts: Sequence[str], tokenizer: Any = None) -> list[Overlong]:
+    """The texts that are longer than the base's text encoder reads; none while the base is not known.
+
+    Args:
+        tokenizer: the base's, if it is loaded.
+
+    Raises:
+        BaseError: the base's tokenizer cannot be read.
+    """
+    if not info.known:
+        return []
+    if tokenizer is None:
+        backend, length = _read_tokenizer(info)
+    else:
+        backend, length = tokenizer.backend_tokenizer, tokenizer.model_max_length
+    backend.no_truncation()
+    backend.no_padding()
+    limit, found = min(length, info.max_tokens), []
+    for index, text in enumerate(texts):
+        encoding = backend.encode(text)
+        if len(encoding.ids) > limit:
+            start, _ = encoding.offsets[limit - 1]  # the last that is read is the mark of the end
+            found.append(Overlong(index, len(encoding.ids), limit, text[start:].strip()))
+    return found
+
+
+def unread_notes(info: BaseInfo, prompts: Sequence[str], tokenizer: Any = None) -> list[str]:
+    """A line for each prompt whose end has no effect; arguments and errors are those of `overlong`."""
+    found = overlong(info, list(dict.fromkeys(prompts)), tokenizer)
+    return [f"a prompt is over {each.limit} tokens: “{each.words}” is not read" for each in found]
+
+
+def _read_tokenizer(info: BaseInfo) -> tuple[Any, float]:
+    """The tokenizer, of the package tokenizers, and the number of tokens that it is made for.
+
+    In one file it is read within a tenth of a second; transformers, which knows the others, takes seconds.
+    """
+    folder = info.tokenizer
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        whole = load_tokenizer(folder, info.pad_token)
+        return whole.backend_tokenizer, whole.model_max_length
+    from tokenizers import Tokenizer
+
+    settings = folder / "tokenizer_config.json"
+    try:
+        given = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        return Tokenizer.from_file(str(folder / "tokenizer.json")), given.get("model_max_length", math.inf)
+    except Exception as error:  # tokenizers has no kind of its own
+        raise BaseError(f"{folder}: cannot be loaded: {error}") from None
