@@ -3,8 +3,12 @@
 import errno
 import json
 import os
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +47,32 @@ def processors(bytes_each: int) -> int:
         count = min(count, round(int(words[0]) / int(words[1])))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(count, memory // bytes_each))
+
+
+def run_forked(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """subprocess.run([python, PROGRAM, …]) in a child of this process, which has imported what takes long."""
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            for number, file in enumerate(files, 1):
+                os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            sys.argv = command[1:]
+            runpy.run_path(command[1], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else bool(end.code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    out, err = ((file.seek(0), file.read())[1] for file in files)
+    return subprocess.CompletedProcess(command, code, out, err)
 
 
 def free_port() -> int:

@@ -8,9 +8,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from small import run_forked
 
 from lorakit.weights.lora_file import lora_bytes
 
@@ -50,19 +52,23 @@ def arguments(tiny_base, tiny_unet, random_lora, pictures, folder) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def summary(benchmark, arguments) -> dict:
-    """The JSON line of a run whose ways run one after the other in this process."""
+def printed(benchmark, arguments, folder) -> list[str]:
+    """The lines of a whole run with random LoRAs: what makes these starts anew, the ways are forked."""
 
-    def in_process(argv, more):
-        args = benchmark.parse([*argv, *more])
-        assert args.one in WAYS
-        return json.loads(json.dumps(benchmark.run_one(args)))
+    def run(command, **options):
+        return (subprocess.run if "--one=prepare" in command else run_forked)(command, **options)
 
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(benchmark, "in_process", in_process)
-        benchmark.main(arguments)
-    return json.loads(printed.getvalue().splitlines()[-1])
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(benchmark, "subprocess", SimpleNamespace(run=run))
+        benchmark.main(arguments[: arguments.index("--loras")])
+    return out.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def summary(printed) -> dict:
+    """The JSON line of a whole run."""
+    return json.loads(printed[-1])
 
 
 def test_evaluations_are_those_of_the_formulas(summary):
@@ -131,15 +137,9 @@ def test_sd15_is_costs_only(benchmark, arguments):
     assert "metrics" not in record
 
 
-@pytest.mark.slow
-def test_a_whole_run_with_random_loras_in_processes_of_their_own(arguments, folder):
+def test_a_whole_run_with_random_loras_in_processes_of_their_own(printed, summary, folder):
     """The last line is JSON; what goes before is for people, and says that the LoRAs are random."""
-    (folder / "sheet.png").unlink(missing_ok=True)
-    words = arguments[: arguments.index("--loras")]
-    done = subprocess.run([sys.executable, str(PROGRAM), *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *table, line = done.stdout.splitlines()
-    summary = json.loads(line)
+    table = printed[:-1]
     assert list(summary["ways"]) == WAYS
     assert "random LoRAs" in summary["note"] and any("random LoRAs" in text for text in table)
     assert all(entry["peak_bytes"] > entry["grown_bytes"] >= 0 for entry in summary["ways"].values())
