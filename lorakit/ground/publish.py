@@ -84,8 +84,8 @@ def _mark() -> str:
     return hashlib.sha256(f"{boot} {namespace} {os.uname().nodename}".encode()).hexdigest()[:12]
 
 
-def _is_litter(path: Path) -> bool:
-    """Whether this is a file or folder of ours whose writer is dead; one out of sight is after LITTER_AGE."""
+def _is_dead(path: Path) -> bool:
+    """Whether the writer of a file or folder of ours is dead; one out of sight counts so after LITTER_AGE."""
     name = OWN_NAME.fullmatch(path.name)
     if not name or name[1] == "old":  # what is being replaced, and may be all that there is
         return False
@@ -102,11 +102,11 @@ def _is_litter(path: Path) -> bool:
 
 
 @functools.cache
-def clear_litter(folder: Path) -> None:
+def clear_dead(folder: Path) -> None:
     """Removes what dead writers left in a folder. A process looks once, for a cache has many files."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if _is_litter(path):
+            if _is_dead(path):
                 remove(path)
 
 
@@ -168,7 +168,7 @@ def publish_file(path: Path | str, data: bytes | Callable[[Path], None]) -> None
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
         if path.exists() and not path.is_file():  # a rename would replace the device or pipe itself
             raise OutputError(f"{path} is not a regular file: choose another name")
-        clear_litter(path.parent.absolute())
+        clear_dead(path.parent.absolute())
         try:
             if isinstance(data, bytes):
                 write_synced(temp, data)
@@ -196,7 +196,7 @@ def check_writable(folder: Path | str, needed_bytes: int = 0) -> None:
     try:
         with explained(folder):
             make_folder(folder)
-            clear_litter(folder.absolute())
+            clear_dead(folder.absolute())
             try:
                 write_synced(probe, b"probe")
                 os.rename(probe, moved)

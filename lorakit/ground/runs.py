@@ -25,13 +25,7 @@ import filelock
 
 from lorakit.ground.checkpoints import checkpoints, discard
 from lorakit.ground.errors import UserError
-from lorakit.ground.publish import (
-    OWN_NAME,
-    explained,
-    make_folder,
-    publish_file,
-    remove,
-)
+from lorakit.ground.publish import OWN_NAME, explained, make_folder, publish_file, remove
 
 SAMPLE_NAME = re.compile(r".*[0-9]{8}.*\.(png|jpg|webp|gif)", re.DOTALL)  # the step, in eight digits
 

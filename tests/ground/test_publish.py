@@ -12,7 +12,7 @@ import time
 import pytest
 
 from lorakit.ground.errors import OutputError
-from lorakit.ground.publish import LITTER_AGE, OWN_NAME, check_writable, clear_litter, own_name, publish_file
+from lorakit.ground.publish import LITTER_AGE, OWN_NAME, check_writable, clear_dead, own_name, publish_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -239,8 +239,8 @@ def test_a_writer_that_lives_is_not_disturbed(tmp_path):
         publish_file(tmp_path / "other.bin", b"")
         (temp,) = set(names(tmp_path)) - {"other.bin"}
         os.utime(tmp_path / temp, (0, 0))  # however long it takes
-        clear_litter.cache_clear()
-        clear_litter(tmp_path)
+        clear_dead.cache_clear()
+        clear_dead(tmp_path)
         os.write(go_on, b".")
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert names(tmp_path) == ["file.bin", "other.bin"] and (tmp_path / "file.bin").read_bytes() == b"half"
