@@ -13,6 +13,16 @@ FOLDERS = ("modern", "old", "both", "half", "bin")
 FILES = ("file", "file-bare", "file-half-ema")
 FULL = ("modern", "old", "both", "file", "file-bare")
 HALF = ("half", "file-half-ema")
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+}
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 Tensors = dict[str, Any]
 
@@ -112,7 +122,7 @@ def write_base(root: Path, layout: str, family: str = "sd1", **unet: Any) -> Pat
     write_json(path / "scheduler/scheduler_config.json", scheduler(family))
     write_tokenizer(path / "tokenizer", family)
     if layout == "modern":
-        write_json(path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+        write_json(path / "model_index.json", MODEL_INDEX)
     return path
 
 
@@ -138,7 +148,7 @@ def write_tokenizer(folder: Path, family: str) -> None:
 def write_cache(home: Path, folder: Path, name: str, leave_out: str = "never") -> Path:
     """HF_HOME with `folder` as the cached snapshot of the repository `name`; returns the snapshot."""
     root = home / "hub" / f"models--{name.replace('/', '--')}"
-    snapshot = root / "snapshots" / "0" * 40
+    snapshot = root / "snapshots" / ("0" * 40)
     for path in (path for path in folder.rglob("*") if path.is_file() and leave_out not in str(path)):
         place = snapshot / path.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -266,16 +276,19 @@ def open_clip(text: Tensors) -> Tensors:
         "positional_embedding": text["embeddings.position_embedding.weight"],
         "ln_final.weight": text["final_layer_norm.weight"],
         "ln_final.bias": text["final_layer_norm.bias"],
-        "text_projection": torch.zeros(16, 16),
+        "text_projection": torch.zeros_like(text["encoder.layers.0.self_attn.q_proj.weight"]),
         "logit_scale": torch.tensor(4.6),
     }
     names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     names["attn.out_proj"] = "self_attn.out_proj"
-    for layer in range(3):
-        own = f"encoder.layers.{min(layer, 1)}"
+    last = max(int(name.split(".")[2]) for name in text if name.startswith("encoder.layers."))
+    for layer in range(last + 2):
+        own = f"encoder.layers.{min(layer, last)}"
         for end in ("weight", "bias"):
             stacked = [text[f"{own}.self_attn.{each}_proj.{end}"] for each in "qkv"]
             found[f"transformer.resblocks.{layer}.attn.in_proj_{end}"] = torch.cat(stacked)
             for old, new in names.items():
-                found[f"transformer.resblocks.{layer}.{old}.{end}"] = text[f"{own}.{new}.{end}"] + (layer > 1)
+                found[f"transformer.resblocks.{layer}.{old}.{end}"] = text[f"{own}.{new}.{end}"] + (
+                    layer > last
+                )
     return found
