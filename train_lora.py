@@ -99,8 +99,9 @@ def train(
             progress.take(saved, best, comparable=saved["validation"] == validation_record(cfg, plan))
             objective.load_state_dict(saved.get("objective", {}))
         pace = 0.1 if sys.stderr.isatty() else 60.0  # seconds between looks at the bar; a log file wants few
-        extent = {"total": plan.steps, "initial": progress.step}
-        bar = tqdm(**extent, desc=cfg.ckpt_name, disable=not main, mininterval=pace)
+        bar = tqdm(
+            desc=cfg.ckpt_name, total=plan.steps, initial=progress.step, mininterval=pace, disable=not main
+        )
         closing.callback(bar.close)
         metrics = Metrics(accelerator, run / "metrics.jsonl", bar, plan.total_batch, progress.smoothed)
         if main:

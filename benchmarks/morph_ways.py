@@ -304,6 +304,7 @@ def lorakit(setup: Setup) -> Film:
     files = endpoints.path_names(cfg, plan, base.info, cache, setup.precision, True)
     endpoints.check_fit(cfg, alone, rows, latents, setup.adapters)
     ends = endpoints.prepare_ends(cfg, base, alone, rows, latents, files, lambda: None)
+    assert cfg.attention != "off"  # frames look at the pictures in each of the ways
     shared = SharedAttention(base.unet, cfg.attention, cfg.attention_blocks)
     studio = shooting.Studio(
         base=base,

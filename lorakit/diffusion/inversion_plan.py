@@ -1,8 +1,6 @@
 """What an inversion will do, worked out from its config and from files' headers. No torch here."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -90,8 +88,9 @@ def make_inversion_plan(cfg: InvertConfig) -> InversionPlan:
     else:
         size = cfg.width, cfg.height
     scales = cfg.guidance_scales
-    pairs: Iterator[tuple[float, Method]] = product(scales, cfg.methods)
-    runs = [(scale, method) for scale, method in pairs if scale > 1 or method != "null_text"]
+    runs: list[tuple[float, Method]] = [
+        (scale, method) for scale in scales for method in cfg.methods if scale > 1 or method != "null_text"
+    ]
     notes = []
     if max(scales) > 1 and cfg.prompt == cfg.negative_prompt:
         notes.append("prompt and negative_prompt are the same, so that guidance changes nothing")
