@@ -32,7 +32,7 @@ def generate(cfg: GenerateConfig, info: BaseInfo, prompts: list[str], folder: Pa
     from lorakit.sampling.samplers import sample_images
 
     started = time.perf_counter()
-    base = open_base(info, cfg.mixed_precision)
+    base = open_base(info, cfg.mixed_precision, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     check_size(cfg, base.info)  # again, for a base that was not on this machine
     shape = picture_shape(cfg, base.info)
     varies = "prompt" in cfg.grid
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         default_config="cfg/generate/landscapes.json",
     )
     cfg = command.config
-    info = inspect_base(cfg.pretrained_model_name_or_path)
+    info = inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
     check_size(cfg, info)
     prompts = read_prompts(cfg)
     notes = [note for _, cell in cfg.numbered_cells() for note in cell.resolved()[1]]

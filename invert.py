@@ -64,7 +64,7 @@ def load(cfg: InvertConfig, info: BaseInfo) -> "InversionPipeline":
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     set_up_backend(device, allow_tf32=False)
-    base = Base(info, device)
+    base = Base(info, device, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     pipe = InversionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     if cfg.lora is not None:

@@ -75,8 +75,8 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
     assert device is not None
     set_up_backend(device.type)
     precision = resolve_precision(cfg.mixed_precision, device.type)
-    base = Base(plan.base, device, compute_dtype(precision), cfg.prediction_type)
-    if not plan.base.known:  # a hub id that was not on this machine, or a single file
+    base = Base(plan.base, device, compute_dtype(precision), cfg.prediction_type, cfg.clip_skip)
+    if not plan.base.known:  # a hub id that was not on this machine
         plan = make_morph_plan(cfg, base.info)
         if team.is_main_process:
             claim(cfg, folder, fingerprint(cfg, plan, cfg.mixed_precision))

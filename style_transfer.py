@@ -96,7 +96,7 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
     from lorakit.sampling.grid import Batch, fill
 
     started = time.perf_counter()
-    base = open_base(info, cfg.mixed_precision)
+    base = open_base(info, cfg.mixed_precision, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     check_size(cfg, base.info)  # again, for a base that was not on this machine
     name = controlnet_of(cfg, base.info)
     controlnet = restyling.load_controlnet(name, base) if name else None
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int:
         default_config="cfg/style_transfer/ink.json",
     )
     cfg = command.config
-    info = inspect_base(cfg.pretrained_model_name_or_path)
+    info = inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
     check_size(cfg, info)
     paths = find_pictures(cfg.image)
     notes = notes_of(cfg, info, paths)

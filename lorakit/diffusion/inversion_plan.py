@@ -1,7 +1,6 @@
 """What an inversion will do, worked out from its config and from files' headers. No torch here."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,7 +10,7 @@ from lorakit.ground.errors import UserError
 from lorakit.pictures.images import image_size
 from lorakit.pictures.views import assign_shapes
 from lorakit.weights.base import BaseInfo, inspect_base
-from lorakit.weights.tensors import read_header
+from lorakit.weights.base_settings import ClipSkip, PredictionType, check_clip_skip, clip_skip_notes
 
 Method = Literal["ddim", "fixed_point", "obelm", "null_text", "anchored"]
 """Described in inversion.py."""
@@ -39,6 +38,8 @@ class InvertConfig(Config):
         min_length=1,
         description="base model: diffusers folder, hub id or single .safetensors file",
     )
+    prediction_type: PredictionType = None
+    clip_skip: ClipSkip = None
     lora: str | None = Field(None, description="a LoRA file, such as one fitted to the picture; null: none")
     lora_weight: float = Field(1.0, description="factor on the LoRA's update")
     num_inference_steps: int = Field(50, ge=1, le=999, description="DDIM steps, there and back alike")
@@ -77,10 +78,10 @@ def make_inversion_plan(cfg: InvertConfig) -> InversionPlan:
     Raises:
         UserError: what is missing, unreadable or does not fit together.
     """
-    base = inspect_base(cfg.pretrained_model_name_or_path)
+    base = inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    check_clip_skip(base, cfg.clip_skip)
     own = image_size(cfg.image)
-    if cfg.lora is not None:
-        read_header(Path(cfg.lora))
+    notes = clip_skip_notes(cfg.clip_skip, [cfg.lora] if cfg.lora else [])
     if cfg.width is None or cfg.height is None:
         size = assign_shapes([own], base.resolution, base.size_multiple, True)[0]
     elif base.known and (cfg.width % base.vae_factor or cfg.height % base.vae_factor):
@@ -91,7 +92,6 @@ def make_inversion_plan(cfg: InvertConfig) -> InversionPlan:
     runs: list[tuple[float, Method]] = [
         (scale, method) for scale in scales for method in cfg.methods if scale > 1 or method != "null_text"
     ]
-    notes = []
     if max(scales) > 1 and cfg.prompt == cfg.negative_prompt:
         notes.append("prompt and negative_prompt are the same, so that guidance changes nothing")
     return InversionPlan(base, size, tuple(runs), tuple(notes))

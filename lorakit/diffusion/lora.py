@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from lorakit.diffusion.text import dropped
 from lorakit.ground.errors import UserError
 from lorakit.weights.lora_file import TARGET_PRESETS, LoraFile, LoraPair, base_of, component_of, kohya_name
 from lorakit.weights.lora_metadata import Component
@@ -147,7 +148,8 @@ def load_lora(
     """Loads a LoRA of any layout beside those already active, frozen; returns how many modules it adapts.
 
     A weight matrix changes by weight * alpha / rank * up @ down, in the dtype of the base's layer. The models
-    stay as they were unless every module of the file has its place.
+    stay as they were unless every module of the file has its place. What it does to layers of the text
+    encoder that clip skip dropped is left out.
 
     Args:
         label: stands for the file in messages (default: its path).
@@ -168,6 +170,9 @@ def load_lora(
         modules = {name: pair for name, pair in file.modules.items() if component_of(name) == component}
         if modules and model is None:
             raise UserError(f"{label}: trains the text encoder too; give it, or its part is lost")
+        if component == "text_encoder" and modules:
+            lost = dropped(unwrap(model))
+            modules = {name: pair for name, pair in modules.items() if not name.startswith(lost)}
         if modules:
             model = unwrap(model)
             if adapter_name in getattr(model, "peft_config", {}):
@@ -175,7 +180,7 @@ def load_lora(
             plans.append((model, _match(model, component, modules, label)))
     for model, pairs in plans:
         _add_pairs(model, pairs, adapter_name, weight)
-    return len(file.modules)
+    return sum(len(pairs) for _, pairs in plans)
 
 
 def _match(model: Any, component: Component, modules: dict[str, LoraPair], label: str) -> dict[str, LoraPair]:

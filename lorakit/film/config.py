@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorakit.ground.config import Config
+from lorakit.weights.base_settings import ClipSkip, PredictionType
 
 
 # fmt: off
@@ -31,7 +32,8 @@ class MorphConfig(Config):
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="dtype of U-Net and text encoder; auto: fp16 on a CUDA GPU, float32 elsewhere. The VAE and all latents are float32")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(None, description="what the U-Net predicts; null: as the base's scheduler says")
+    prediction_type: PredictionType = None
+    clip_skip: ClipSkip = None
 
     images: tuple[Picture, ...] = Field(min_length=2, description="the pictures in the order of the film")
     loop: bool = Field(False, description="from the last picture back to the first")

@@ -14,7 +14,7 @@ from lorakit.diffusion.lora import load_lora
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.row_weights import row_weights, weight_table
 from lorakit.film.config import MorphConfig
-from lorakit.film.morph_plan import FIT_TIMESTEPS, MorphPlan, base_hashes, file_sha256
+from lorakit.film.morph_plan import FIT_TIMESTEPS, MorphPlan, file_sha256
 from lorakit.film.morphing import Ends
 from lorakit.ground import randomness
 from lorakit.ground.errors import OutputError, UserError
@@ -22,6 +22,7 @@ from lorakit.ground.publish import explained, publish_file
 from lorakit.pictures.images import to_array
 from lorakit.pictures.views import entry_name
 from lorakit.weights.base import BaseInfo
+from lorakit.weights.identity import base_identity
 from lorakit.weights.tensors import read_tensors, serialize
 
 CACHE_VERSION = 1
@@ -117,11 +118,12 @@ def path_names(
     cfg: MorphConfig, plan: MorphPlan, info: BaseInfo, folder: Path, dtype: str, loras: bool
 ) -> list[Path]:
     """The cache entry of each picture's path: a hash of everything that it depends on."""
-    hashes = base_hashes(info)
     guided = cfg.inversion_guidance_scale != 1
-    shared = [CACHE_VERSION, hashes, plan.shape, cfg.num_inference_steps, cfg.inversion_method, dtype]
+    shared = [CACHE_VERSION, base_identity(info), plan.shape, cfg.num_inference_steps]
+    shared += [cfg.inversion_method, dtype]
     shared += [cfg.fixed_point_iterations if cfg.inversion_method == "fixed_point" else None]
-    shared += [cfg.inversion_guidance_scale, cfg.negative_prompt if guided else None, cfg.prediction_type]
+    shared += [cfg.inversion_guidance_scale, cfg.negative_prompt if guided else None]
+    shared += [cfg.prediction_type, cfg.clip_skip]
     names = []
     for picture in cfg.images:
         lora = (file_sha256(picture.lora), picture.lora_weight) if picture.lora and loras else None

@@ -13,7 +13,9 @@ from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
-from lorakit.weights.base import BaseInfo, inspect_base, weights_hash
+from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.base_settings import check_clip_skip, clip_skip_notes
+from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_metadata import trained_objectives
 from lorakit.weights.tensors import read_header
 
@@ -59,7 +61,8 @@ def make_morph_plan(cfg: MorphConfig, base: BaseInfo | None = None) -> MorphPlan
     Raises:
         UserError: what is missing, unreadable or does not fit together; names the key and the remedy.
     """
-    base = base or inspect_base(cfg.pretrained_model_name_or_path)
+    base = base or inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    check_clip_skip(base, cfg.clip_skip)
     shape = cfg.width or base.resolution, cfg.height or base.resolution
     for key, side in zip(("width", "height"), shape, strict=True):
         if side % base.vae_factor:
@@ -67,8 +70,9 @@ def make_morph_plan(cfg: MorphConfig, base: BaseInfo | None = None) -> MorphPlan
     notes = _picture_notes(cfg, shape)
     loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
     missing = _missing(cfg, loras)
-    for path in set(loras) - set(missing):
+    for path in (present := [path for path in loras if path not in missing]):
         _refuse_few_steps(path)
+    notes += clip_skip_notes(cfg.clip_skip, present)
     for name, reason in missing_writers(cfg.formats).items():
         raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
     if cfg.distance == "lpips":
@@ -257,13 +261,6 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def base_hashes(base: BaseInfo) -> dict[str, str]:
-    """sha256 of every weights file of a base, and of its configs: with others the same weights differ."""
-    configs = json.dumps(base.configs, sort_keys=True, default=str)
-    hashes = {part: weights_hash(path) for part, path in base.files.items()}
-    return hashes | {"configs": hashlib.sha256(configs.encode()).hexdigest()}
-
-
 def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = True) -> str:
     """A hash of all that the frames are a function of: settings and the content of every file."""
     settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in PRESENTATION}
@@ -276,6 +273,6 @@ def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = Tru
         }
         for picture in cfg.images
     ]
-    settings |= {"shape": plan.shape, "base": base_hashes(plan.base), "dtype": dtype, "version": VERSION}
+    settings |= {"shape": plan.shape, "base": base_identity(plan.base), "dtype": dtype, "version": VERSION}
     settings.pop("pretrained_model_name_or_path")
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
 from lorakit.weights.base import BaseInfo
+from lorakit.weights.base_settings import ClipSkip, PredictionType, check_clip_skip, clip_skip_notes
 from lorakit.weights.tensors import read_header
 
 SchedulerName = Literal["ddim", "dpm++", "euler", "euler_a", "heun", "unipc", "pndm", "lcm"]
@@ -46,6 +47,8 @@ class SamplingConfig(Config):
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="dtype of U-Net and text encoder; auto: fp16 on a CUDA GPU, float32 elsewhere. The VAE is float32")
+    prediction_type: PredictionType = None
+    clip_skip: ClipSkip = None
     loras: tuple[LoraEntry, ...] = Field((), description="LoRAs, whose updates add up")
 
     width: int | None = Field(None, ge=8, description="pixels; null: the base's own resolution, near the aspect of a picture that is restyled")
@@ -140,6 +143,7 @@ class SamplingConfig(Config):
                     notes.append(f"{key} {value}, as {lora.path} asks for")
                 elif (value_here := getattr(self, key) or hints.get(key)) != value:
                     notes.append(f"{key} {value_here}, although {lora.path} asks for {value}")
+        notes += clip_skip_notes(self.clip_skip, [lora.path for lora in self.loras if lora.weight])
         unset = {key: value for key, value in (FALLBACK | hints).items() if getattr(self, key) is None}
         cfg = self.model_copy(update=unset)
         if cfg.scheduler == "lcm" and cfg.sampler()[1] > LCM_STEPS:
@@ -181,11 +185,12 @@ def read_hints(path: str) -> dict[str, Any]:
 
 
 def check_size(cfg: SamplingConfig, info: BaseInfo) -> None:
-    """Refuse a size that the base cannot make.
+    """Refuse a size that the base cannot make, and a layer that it has not.
 
     Raises:
-        UserError: a side that does not divide.
+        UserError: a side that does not divide; clip_skip.
     """
+    check_clip_skip(info, cfg.clip_skip)
     for key, side in (("width", cfg.width), ("height", cfg.height)):
         if side is not None and side % info.size_multiple:
             low = side // info.size_multiple * info.size_multiple

@@ -98,6 +98,7 @@ def png_text(cfg: SamplingConfig, prompt: str, seed: int, size: tuple[int, int])
     line = (
         f"Steps: {cfg.num_inference_steps}, Sampler: {cfg.scheduler}, CFG scale: {cfg.guidance_scale:g}, "
         f"Seed: {seed}, Size: {size[0]}x{size[1]}, Model: {Path(cfg.pretrained_model_name_or_path).name}"
+        + (f", Clip skip: {cfg.clip_skip}" if cfg.clip_skip else "")
     )
     return {
         CONFIG_CHUNK: json.dumps(cfg.model_dump(mode="json", exclude=set(WHERE)), ensure_ascii=False),

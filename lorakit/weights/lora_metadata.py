@@ -149,6 +149,7 @@ def training_metadata(
     kept = {key: _without_folders(value) for key, value in config.items() if key not in _RUN_KEYS}
     ss_from_config = {ss: str(kept[key]) for ss, key in _SS_FROM_CONFIG.items() if kept.get(key) is not None}
     return ss_from_config | {
+        "ss_clip_skip": str(kept.get("clip_skip") or 1),
         "ss_output_name": name,
         "ss_v2": str(is_v2),
         "ss_base_model_version": ("sd_v2" if is_v2 else "sd_v1") + ("_v" if is_v else ""),
@@ -203,6 +204,7 @@ _OF_THE_BASE = (
     "ss_v2",
     "ss_base_model_version",
     "ss_sd_model_name",
+    "ss_clip_skip",
     "modelspec.architecture",
     "modelspec.prediction_type",
 )

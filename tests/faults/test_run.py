@@ -419,6 +419,7 @@ def changed(key: str, value: object) -> object:
 OTHERS = {
     "mixed_precision": "bf16",
     "prediction_type": "v_prediction",
+    "clip_skip": 2,
     "crop": "random",
     "missing_captions": "empty",
     "broken_images": "skip",

@@ -315,6 +315,7 @@ def test_what_only_shows_frames_is_a_key_and_no_part_of_the_fingerprint(planned,
 OTHER_VALUES = {
     "mixed_precision": "bf16",
     "prediction_type": "v_prediction",
+    "clip_skip": 2,
     "loop": True,
     "frames": 6,
     "negative_prompt": "fog",
