@@ -1,17 +1,21 @@
 # Two commands set everything up on a fresh machine with Python 3.11 or newer: make demo, make test.
 PYTHON ?= python3
 PY := .venv/bin/python
+TESTS := $(PY) -m pytest -n auto --dist worksteal
 HELP := COLUMNS=100 PYTHON_COLORS=0 $(PY)
 SCRIPTS := train_lora generate style_transfer morph invert mix_lora
 VERBS := inspect mix scale resize convert merge extract diff retrain
 
-.PHONY: demo test soak check bench texts schema help-texts miniature clean
+.PHONY: demo test quick soak check bench texts schema help-texts miniature clean
 
 demo: .venv/run            ## train both mountain LoRAs on the embedded miniature, show what came out, and morph
 	$(PY) demo.py
 
-test: .venv/dev            ## what CI runs
-	$(PY) -m pytest -m "not net"
+test: .venv/dev            ## all tests, on all processors
+	$(TESTS) -m "not net"
+
+quick: .venv/dev           ## before each commit: the tests that take no more than seconds, two minutes in all
+	$(TESTS) -m "not net and not slow"
 
 soak: .venv/dev            ## half an hour of kills and damaged input; its last line is JSON
 	$(PY) tests/soak.py minutes=30 seed=0

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from lorakit.diffusion import inversion
 from lorakit.diffusion.denoiser import Denoiser, Rows, join_rows
-from lorakit.diffusion.inversion import Method
+from lorakit.diffusion.inversion_plan import Method
 from lorakit.diffusion.lora import active_adapters
 from lorakit.diffusion.models import DDIM
-from lorakit.diffusion.row_weights import row_weights, weight_table
+from lorakit.diffusion.row_weights import all_active, row_weights, weight_table
 from lorakit.diffusion.schedule import Grid, NoiseSchedule
 from lorakit.ground.errors import UserError
 from lorakit.pictures.images import crop, from_array, load_image, resize_to_cover, to_array
@@ -130,7 +130,7 @@ class InversionPipeline(StableDiffusionPipeline):
                 tensor (B, 3, H, W).
             prompt: one for all, or one each.
             n_steps: of DDIM.
-            method: one of lorakit.diffusion.inversion.Method.
+            method: see lorakit/diffusion/inversion.py.
             iterations: of fixed_point at most (default 3); of null_text's updates at most (default 10).
             adapter_weights: {adapter: weight} for all, or one mapping each; a picture is inverted under these
                 LoRAs and no others, their weight on top of the one that set_adapters gave them. None: as set.
@@ -140,28 +140,17 @@ class InversionPipeline(StableDiffusionPipeline):
             UserError: a picture that cannot be read, sizes, counts or adapters that do not fit.
         """
         _check(method, guidance_scale)
-        single = isinstance(image, Picture) and not (isinstance(image, Tensor) and image.ndim == 4)
-        pictures: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
-        prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
-        if adapter_weights is None or isinstance(adapter_weights, Mapping):
-            weights = [adapter_weights] * len(pictures)
-        else:
-            weights = list(adapter_weights)
-        if not len(pictures) == len(prompts) == len(weights):
-            raise UserError(
-                f"{len(pictures)} pictures, {len(prompts)} prompts and {len(weights)} adapter weights: give "
-                "one of each per picture"
-            )
+        pictures, prompts, weights = _one_each(image, prompt, adapter_weights)
         latents = [self.encode_image(picture, width, height) for picture in pictures]
         adapters = self._adapters(weights)
         rows = [self._encode(p, negative_prompt, adapters, w) for p, w in zip(prompts, weights, strict=True)]
+        grid = self._schedule().grid(n_steps)
         found: dict[int, Inversion] = {}
         for shape in dict.fromkeys(x.shape for x in latents):  # pictures of one size share a batch
             members = [i for i, x in enumerate(latents) if x.shape == shape]
             batch = torch.cat([latents[i] for i in members])
-            conditions = join_rows([rows[i] for i in members])
-            grid = self._schedule().grid(n_steps)
-            group = self._invert(batch, conditions, adapters, grid, guidance_scale, method, iterations)
+            under = join_rows([rows[i] for i in members])
+            group = self._invert(batch, under, adapters, grid, guidance_scale, method, iterations)
             found |= dict(zip(members, group, strict=True))
         return [found[i] for i in range(len(pictures))]
 
@@ -193,21 +182,14 @@ class InversionPipeline(StableDiffusionPipeline):
     def _null_text(self, found: Inversion, iterations: int) -> Inversion:
         denoiser = Denoiser(self.unet, self._schedule(), found.adapters)
         rows = found.rows
-
-        def conditional(x: Tensor, t: int) -> Tensor:
-            return denoiser(x, t, rows)
-
-        def negative(x: Tensor, t: int, embeds: Tensor) -> Tensor:
-            return denoiser(x, t, replace(rows, prompt_embeds=embeds))
-
         steps = inversion.null_text(
             found.trajectory,
             found.grid,
-            negative,
-            conditional,
-            rows.negative_embeds.float(),
-            found.guidance_scale,
-            iterations,
+            predict=lambda x, t, embeds: denoiser(x, t, replace(rows, prompt_embeds=embeds)),
+            conditional=lambda x, t: denoiser(x, t, rows),
+            negative_embeds=rows.negative_embeds.float(),
+            guidance_scale=found.guidance_scale,
+            iterations=iterations,
         )
         embeds = tuple(embeds for embeds, _ in self._bar(steps, len(found.grid)))
         return replace(found, negative_embeds=embeds, evaluations=found.evaluations + denoiser.evaluations)
@@ -230,7 +212,7 @@ class InversionPipeline(StableDiffusionPipeline):
         changed = prompt is not None or guidance != found.guidance_scale
         if changed and found.method == "obelm":
             raise UserError("obelm reconstructs under the prompt and guidance it inverted with; try anchored")
-        rows, grid, path = found.rows, found.grid, found.trajectory
+        rows, grid, path, negatives = found.rows, found.grid, found.trajectory, found.negative_embeds
         if prompt is not None:
             weights = dict(zip(found.adapters, rows.weights[0].tolist(), strict=True))
             edited = self._encode(prompt, "", found.adapters, weights)
@@ -238,20 +220,15 @@ class InversionPipeline(StableDiffusionPipeline):
         with self._active(found.adapters):
             denoiser = Denoiser(self.unet, self._schedule(), found.adapters)
 
+            def source(x: Tensor, t: int) -> Tensor:
+                return denoiser(x, t, found.rows, found.guidance_scale)
+
             def predict(x: Tensor, t: int) -> Tensor:
-                at = grid.timesteps.index(t)
-                here = (
-                    replace(rows, negative_embeds=found.negative_embeds[at])
-                    if found.negative_embeds
-                    else rows
-                )
-                return denoiser(x, t, here, guidance)
+                own = {"negative_embeds": negatives[grid.timesteps.index(t)]} if negatives else {}
+                return denoiser(x, t, replace(rows, **own), guidance)
 
             if found.method == "anchored":
-                source = Denoiser(self.unet, self._schedule(), found.adapters)
-                steps = inversion.sample_anchored(
-                    path, grid, lambda x, t: source(x, t, found.rows, found.guidance_scale), predict
-                )
+                steps = inversion.sample_anchored(path, grid, source, predict)
             elif found.method == "obelm":
                 steps = inversion.sample_obelm((path[0], path[1]), grid, predict)
             else:
@@ -312,9 +289,6 @@ class InversionPipeline(StableDiffusionPipeline):
     def _vae_in_float32(self):
         vae: Any = self.vae
         dtype = vae.dtype
-        if dtype == torch.float32:
-            yield vae
-            return
         try:
             yield vae.to(torch.float32)
         finally:
@@ -332,28 +306,12 @@ class InversionPipeline(StableDiffusionPipeline):
             return ()
         models: list[Any] = [self.unet, self.text_encoder]
         loaded = list(dict.fromkeys(name for model in models for name in getattr(model, "peft_config", ())))
-        unknown = {name for each in weights for name in each or ()} - set(loaded)
-        if unknown:
-            raise UserError(
-                f"adapter_weights: no adapter {sorted(unknown)[0]!r}; loaded are {loaded or 'none'}"
-            )
+        if unknown := sorted({name for each in weights for name in each or ()} - set(loaded)):
+            raise UserError(f"adapter_weights: no adapter {unknown[0]!r}; loaded are {loaded or 'none'}")
         return tuple(loaded)
 
-    @contextmanager
     def _active(self, adapters: Sequence[str]):
-        """All `adapters` active, so that rows may weigh them."""
-        models = [m for m in (self.unet, self.text_encoder) if adapters and getattr(m, "peft_config", None)]
-        before = [(model, active_adapters(model)) for model in models]
-        flags = [(p, p.requires_grad) for model in models for p in model.parameters()]  # PEFT turns them on
-        try:
-            for model in models:
-                model.set_adapter([name for name in adapters if name in model.peft_config])
-            yield
-        finally:
-            for model, names in before:
-                model.set_adapter(names)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        return all_active((self.unet, self.text_encoder), adapters)
 
     def _encode(self, prompt: str, negative: str, adapters: Sequence[str], weights: Weights | None) -> Rows:
         """The conditions of one picture; its text encoder runs under its own LoRAs too."""
@@ -365,6 +323,22 @@ class InversionPipeline(StableDiffusionPipeline):
             states: Any = self.encode_prompt(prompt, self._execution_device, 1, True, negative)
         embeds, negatives = states
         return Rows(embeds.float(), negatives.float(), table.T.to(embeds.device))
+
+
+def _one_each(image: Any, prompt: Any, weights: Any) -> tuple[list[Any], list[str], list[Weights | None]]:
+    """Pictures, prompts and adapter weights, as many of each; what is given once is for all pictures."""
+    single = isinstance(image, Picture) and not (isinstance(image, Tensor) and image.ndim == 4)
+    pictures: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
+    prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
+    if weights is None or isinstance(weights, Mapping):
+        weights = [weights] * len(pictures)
+    weights = list(weights)
+    if not len(pictures) == len(prompts) == len(weights):
+        raise UserError(
+            f"{len(pictures)} pictures, {len(prompts)} prompts and {len(weights)} adapter weights: give "
+            "one of each per picture"
+        )
+    return pictures, prompts, weights
 
 
 def _check(method: str, guidance_scale: float) -> None:

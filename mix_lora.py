@@ -4,86 +4,38 @@
     python mix_lora.py merge ckpt/miniature a.safetensors=0.8 out=ckpt/merged
 
 delta = sum_i w_i * (alpha_i / r_i) * B_i @ A_i in all of them. Reads LoRA files of every layout, writes one
-LoRA file or a base folder. The maths is in lorakit/weights/mixing.py; docs/MIXING.md has measured errors and times.
+LoRA file or a base folder. The maths is in lorakit/weights/mixing.py; docs/MIXING.md has measured errors and
+times.
 """
 
-import difflib
-import json
-import math
-import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
-from lorakit.ground.config import Config, parse_command
-from lorakit.ground.errors import OutputError, UserError
+from lorakit.ground.errors import UserError
 from lorakit.ground.process import run_guarded
 from lorakit.ground.publish import publish_file
-from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, lora_chunks
-from lorakit.weights.lora_metadata import converted_metadata, mixed_metadata
-from lorakit.weights.tensors import file_payload_sha256, read_header
+from lorakit.weights.derived import is_v2, metadata_of_sum, publish_lora, refuse_existing, torch_dtype
+from lorakit.weights.lora_file import LoraFile, LoraPair, component_of
+from lorakit.weights.lora_metadata import converted_metadata, training_config_text
+from lorakit.weights.tensors import read_header
+from lorakit.weights.verbs import (
+    Extract,
+    Files,
+    Folder,
+    Mix,
+    Output,
+    Resize,
+    Retrain,
+    Table,
+    Truncated,
+    overview,
+    parse_verb,
+)
 
 if TYPE_CHECKING:  # help and faults of the command line come without torch
     from lorakit.weights.mixing import Mixed, Source
-
-
-# fmt: off
-class Table(Config):
-    modules: bool = Field(True, description="a line per module too")
-
-
-class Output(Config):
-    out: str = Field(description="LoRA file to write", pattern=r"\.safetensors$")
-    overwrite: bool = Field(False, description="replace it if it exists")
-    format: Literal["kohya", "diffusers"] = Field("kohya", description="kohya is read by diffusers, ComfyUI and A1111; diffusers is PEFT's")
-    dtype: Literal["float32", "fp16", "bf16"] | None = Field(None, description="of the tensors; null: as in the files, the wider one where they differ")
-
-
-class Truncated(Output):
-    rank: int | None = Field(None, ge=1, description="rank of each module at most")
-    energy: float | None = Field(None, gt=0, le=1, description="share of the squared singular values to keep in each module")
-
-
-class Mix(Truncated):
-    method: Literal["exact", "svd", "ties", "dare", "linear"] = Field("exact", description="exact: concatenate, ranks add up; svd: the exact sum at a lower rank; ties, dare: rules on sparse deltas, at a lower rank; linear: add the factors, for comparison")
-    density: float = Field(0.5, gt=0, le=1, description="share of entries that ties and dare keep")
-    seed: int = Field(0, ge=0, lt=2**63, description="of dare")
-
-    @model_validator(mode="after")
-    def _rank_has_a_use(self) -> "Mix":
-        if self.method in ("exact", "linear") and (self.rank or self.energy):
-            raise ValueError(f"rank and energy do not go with method {self.method}; choose method svd")
-        return self
-
-
-class Resize(Truncated):
-    @model_validator(mode="after")
-    def _has_a_size(self) -> "Resize":
-        if self.rank is None and self.energy is None:
-            raise ValueError("give rank, energy or both")
-        return self
-
-
-class Extract(Resize):
-    targets: Literal["attention", "attention+ff", "all"] = Field("all", description="modules: attention projections; with feed-forward and projections; with convolutions")
-
-
-class Folder(Config):
-    out: str = Field(description="base folder to write")
-    overwrite: bool = Field(False, description="replace it if it is a base folder")
-
-
-class Retrain(Config):
-    out: str | None = Field(None, description="config file to write; null: print it", pattern=r"\.json$")
-    overwrite: bool = Field(False, description="replace it if it exists")
-# fmt: on
-
-
-Files = list[tuple[str, float | None]]
-"""Path and weight in the order of the command line; None where no weight is given."""
 
 
 # ---- verbs ----
@@ -114,7 +66,7 @@ def mix(cfg: Mix, files: Files) -> None:
     sources, metadata = read_sources(files)
     options = {"rank": cfg.rank, "energy": cfg.energy, "density": cfg.density, "seed": cfg.seed}
     mixed = mixing.mix(sources, cfg.method, **options, dtype=torch_dtype(cfg.dtype))
-    save(cfg, mixed.modules, of_sources(cfg, sources, metadata, mixed.modules, f" ({cfg.method})"))
+    save(cfg, mixed.modules, metadata_of_sum(cfg.out, sources, metadata, mixed.modules, f" ({cfg.method})"))
     print(error_line(mixed, is_projection=cfg.method == "svd"))
 
 
@@ -125,7 +77,7 @@ def scale(cfg: Output, files: Files) -> None:
         raise UserError(f"say by what: {files[0][0]}=0.5")
     sources, metadata = read_sources(files)
     modules = scaled(sources[0][1], sources[0][2])
-    save(cfg, modules, of_sources(cfg, sources, metadata, modules))
+    save(cfg, modules, metadata_of_sum(cfg.out, sources, metadata, modules))
 
 
 def resize(cfg: Resize, files: Files) -> None:
@@ -133,7 +85,7 @@ def resize(cfg: Resize, files: Files) -> None:
 
     sources, metadata = read_sources(files)
     mixed = mixing.mix(sources, "svd", rank=cfg.rank, energy=cfg.energy, dtype=torch_dtype(cfg.dtype))
-    save(cfg, mixed.modules, of_sources(cfg, sources, metadata, mixed.modules, " (svd)"))
+    save(cfg, mixed.modules, metadata_of_sum(cfg.out, sources, metadata, mixed.modules, " (svd)"))
     ranks = sorted(pair.rank for pair in mixed.modules.values())
     print(f"rank        {ranks[0]} to {ranks[-1]}, {sum(ranks) / len(ranks):.1f} on average")
     print(error_line(mixed, is_projection=True))
@@ -180,7 +132,7 @@ def extract(cfg: Extract, files: Files) -> None:
     found = merging.extract(base, tuned, **options)
     modules = found.mixed.modules
     formula = f"{Path(tuned).name} - {Path(base).name}"
-    save(cfg, modules, of_sources(cfg, [], [], modules, formula))
+    save(cfg, modules, metadata_of_sum(cfg.out, [], [], modules, formula))
     print(error_line(found.mixed, is_projection=True))
     inside = sum(total for _, total in found.mixed.squares.values())
     share = found.outside / (inside + found.outside)
@@ -191,15 +143,7 @@ def extract(cfg: Extract, files: Files) -> None:
 
 def retrain(cfg: Retrain, files: Files) -> None:
     path = files[0][0]
-    _, metadata = read_header(Path(path))
-    if "lorakit.config" not in metadata:
-        raise UserError(
-            f"{path}: holds no training config; only files that train_lora.py wrote do, mixes do not"
-        )
-    try:
-        text = json.dumps(json.loads(metadata["lorakit.config"]), indent=2, ensure_ascii=False) + "\n"
-    except ValueError as error:
-        raise UserError(f"{path}: its training config is no JSON ({error})") from error
+    text = training_config_text(path, read_header(Path(path))[1])
     print("note        of absolute paths only the last part was kept: check data_dir", file=sys.stderr)
     if cfg.out is None:
         print(text, end="")
@@ -207,6 +151,12 @@ def retrain(cfg: Retrain, files: Files) -> None:
     refuse_existing(cfg.out, cfg.overwrite)
     publish_file(cfg.out, text.encode())
     print(f"wrote       {cfg.out}; train it with `python train_lora.py {cfg.out}`")
+
+
+RUN: dict[str, Callable[[Any, Files], None]] = {
+    run.__name__: run for run in (inspect, mix, scale, resize, convert, merge, extract, diff, retrain)
+}
+"""By the names of VERBS."""
 
 
 # ---- files ----
@@ -229,147 +179,21 @@ def read_sources(files: Files) -> tuple[list["Source"], list[Mapping[str, str]]]
     ]
 
 
-def of_sources(
-    cfg: Output,
-    sources: list["Source"],
-    metadata: list[Mapping[str, str]],
-    modules: Mapping[str, LoraPair],
-    suffix: str = "",
-) -> dict[str, str]:
-    """The metadata of a file made of others."""
-    formula = " + ".join(f"{weight:g} * {Path(path).name}" for path, _, weight in sources) + suffix
-    first = next(iter(modules.values()))
-    facts = {
-        "rank": max(pair.rank for pair in modules.values()),
-        "alpha": first.alpha,
-        "is_v2": is_v2(modules),
-    }
-    return mixed_metadata(name=Path(cfg.out).stem, formula=formula, sources=metadata, **facts)
-
-
-def is_v2(modules: Mapping[str, LoraPair]) -> bool:
-    return base_of(modules) == "Stable Diffusion 2.x"
-
-
 def save(cfg: Output, modules: Mapping[str, LoraPair], metadata: Mapping[str, str]) -> None:
-    """Publishes the file and compares what lies on the disk with the hash of what was to be written."""
     refuse_existing(cfg.out, cfg.overwrite)
-    pieces = lora_chunks(modules, layout=cfg.format, dtype=torch_dtype(cfg.dtype), metadata=metadata)
-
-    def write(temp: Path) -> None:
-        with temp.open("wb") as file:
-            file.writelines(pieces)
-
-    publish_file(cfg.out, write)
-    if read_header(Path(cfg.out))[1]["sshs_model_hash"] != file_payload_sha256(Path(cfg.out)):
-        raise OutputError(f"{cfg.out}: does not hold what was written; the disk may be faulty")
+    publish_lora(cfg.out, modules, layout=cfg.format, dtype=torch_dtype(cfg.dtype), metadata=metadata)
     print(f"wrote       {cfg.out} ({Path(cfg.out).stat().st_size / 1e6:.2f} MB, {len(modules)} modules)")
 
 
-def refuse_existing(out: str, overwrite: bool) -> None:
-    if Path(out).exists() and not overwrite:
-        raise UserError(f"{out}: exists; choose another name or set overwrite=true")
-
-
-def torch_dtype(name: str | None) -> Any:
-    import torch
-
-    return {None: None, "float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-
-
 def error_line(mixed: "Mixed", *, is_projection: bool) -> str:
+    """How far the result is from the exact sum, over all and in the worst module."""
+
     def words(error: float) -> str:
         return f"{error:.2e}" + (f", kept energy {1 - error**2:.4%}" if is_projection else "")
 
     worst = mixed.worst()
     whole, most = words(mixed.error()), words(mixed.error(worst))
     return f"error       {whole} (relative Frobenius); worst {most} in {worst}"
-
-
-# ---- command line ----
-
-
-class Verb(NamedTuple):
-    config: type[Config]
-    run: Callable[[Any, Files], None]
-    usage: str
-    count: tuple[int, float]
-    """Fewest and most files."""
-    about: str
-
-
-# fmt: off
-VERBS = {
-    "inspect": Verb(Table, inspect, "FILE ...", (1, math.inf), "layout, base, rank, alpha and norm per module, training config, what it touches"),
-    "mix": Verb(Mix, mix, "FILE[=WEIGHT] ...", (1, math.inf), "weighted sum of LoRAs; a negative weight subtracts"),
-    "scale": Verb(Output, scale, "FILE=WEIGHT", (1, 1), "one LoRA times a weight"),
-    "resize": Verb(Resize, resize, "FILE", (1, 1), "a lower rank, by SVD"),
-    "convert": Verb(Truncated, convert, "FILE", (1, 1), "another layout, without loss; numbered modules are named, LoHa and LoKr become LoRA"),
-    "merge": Verb(Folder, merge, "BASE FILE[=WEIGHT] ...", (2, math.inf), "a base folder with LoRAs in its weights; weight -1 takes one out again"),
-    "extract": Verb(Extract, extract, "BASE TUNED", (2, 2), "the difference of two base folders as a LoRA"),
-    "diff": Verb(Table, diff, "FILE FILE", (2, 2), "two LoRAs: config, norms, and cosine per module"),
-    "retrain": Verb(Retrain, retrain, "FILE", (1, 1), "the training config out of a LoRA's metadata"),
-}
-# fmt: on
-
-
-def overview() -> str:
-    lines = [f"  {name:8} {verb.usage:24} {verb.about}" for name, verb in VERBS.items()]
-    return "\n".join(
-        ["usage: mix_lora.py VERB FILE ... [key=value ...] [--help]", "", "verbs:", *lines, ""]
-        + ["`mix_lora.py VERB --help` lists a verb's keys."]
-    )
-
-
-def parse_file(text: str) -> tuple[str, float | None]:
-    """`a.safetensors=0.7` -> path and weight; what exists under its whole name is a path."""
-    path, equals, number = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, None
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise UserError(f"{text}: the weight after = is no number")
-    return path, weight
-
-
-def is_file(text: str, keys: Collection[str]) -> bool:
-    """Whether an argument names a LoRA or a base, and is no setting, no option and no config."""
-    name, equals, _ = text.partition("=")
-    if name in keys and equals or text.startswith("-"):
-        return False
-    is_setting = equals and re.fullmatch(r"[A-Za-z_]\w*", name) and not Path(name).exists()
-    return not text.endswith(".json") and (Path(text).exists() or not is_setting)
-
-
-def main(argv: list[str]) -> int:
-    name, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if name in ("", "-h", "--help"):
-        print(overview())
-        return 0 if name else 2
-    if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, 1)
-        raise UserError(
-            f"{name}: no such verb; " + (f"did you mean {near[0]}?" if near else f"choose {', '.join(VERBS)}")
-        )
-    verb = VERBS[name]
-    named = [text for text in rest if is_file(text, verb.config.model_fields)]
-    command = parse_command(
-        verb.config,
-        [text for text in rest if text not in named],
-        prog=f"mix_lora.py {name} {verb.usage}",
-        description=verb.about,
-    )
-    files = [parse_file(text) for text in named]
-    if not verb.count[0] <= len(files) <= verb.count[1]:
-        raise UserError(f"{name} takes {verb.usage}, not {len(files)} files")
-    if "check" in command.flags:
-        check(name, command.config, files)
-    else:
-        verb.run(command.config, files)
-    return 0
 
 
 def check(name: str, cfg: Any, files: Files) -> None:
@@ -383,6 +207,19 @@ def check(name: str, cfg: Any, files: Files) -> None:
     if name in ("mix", "merge", "diff"):
         check_same_base(sources)
     print(f"checked     {len(sources)} LoRA files can be read")
+
+
+def main(argv: list[str]) -> int:
+    name, *rest = argv or [""]
+    if name in ("", "-h", "--help"):
+        print(overview())
+        return 0 if name else 2
+    command, files = parse_verb(name, rest)
+    if "check" in command.flags:
+        check(name, command.config, files)
+    else:
+        RUN[name](command.config, files)
+    return 0
 
 
 if __name__ == "__main__":

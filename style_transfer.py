@@ -11,66 +11,35 @@ first; where the scene is lost, the second. Reads a base, LoRA files, a ControlN
 <output_dir>/<name>/: edges, numbered PNGs that carry their config, sheet.png, report.json.
 """
 
-import glob
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
-from lorakit.ground.config import parse_command
-from lorakit.ground.errors import UserError
 from lorakit.ground.process import run_guarded
-from lorakit.pictures.images import IMAGE_SUFFIXES, image_size, read_picture, save_png
-from lorakit.pictures.views import assign_shapes
-from lorakit.sampling.config import SamplingConfig, check_size, repeated
-from lorakit.sampling.gallery import Gallery, claim_folder
+from lorakit.pictures.images import read_picture, save_png
+from lorakit.sampling.config import check_size
+from lorakit.sampling.gallery import Gallery, fill_folder
+from lorakit.sampling.recipe import parse_sampling
+from lorakit.sampling.style_plan import (
+    CONTROL,
+    StyleConfig,
+    controlnet_of,
+    find_pictures,
+    notes_of,
+    shape_of,
+)
 from lorakit.weights.base import BaseInfo, inspect_base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 DEFINITIONS = {
     "edge_f1": "harmonic mean of precision and recall of the result's edges against the input's, to a pixel",
     "colour_shift": "how far a channel's values moved in distribution, 0 to 255 (Wasserstein-1, mean)",
     "seconds": "for one picture of its batch",
 }
-Threshold = Literal["auto"] | Annotated[float, Field(ge=0, le=2040)]
-
-
-# fmt: off
-class StyleConfig(SamplingConfig):
-    """The keys of a config of style_transfer.py."""
-
-    headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"image": "Pictures", "strength": "Restyling", "controlnet": "Edges"}
-
-    image: str = Field(min_length=1, description="a picture, a folder of pictures, or a pattern such as photos/*.jpg")
-    prompt: str = Field("", description="what the result shows, with the words of the style LoRA")
-    images_per_picture: int = Field(1, ge=1, le=1000, description="results for each picture")
-
-    strength: float = Field(0.6, gt=0, le=1, description="how far towards noise the picture is taken, and the share of the steps that is run; 1: its colours are forgotten")
-
-    controlnet: str | None = Field("auto", min_length=1, description="folder or hub id of a ControlNet for Canny edges; auto: the base's own folder controlnet, if there is one; null: none, plain SDEdit")
-    controlnet_conditioning_scale: float = Field(0.7, ge=0, le=2, description="how firmly the edges are held")
-    control_guidance_start: float = Field(0.0, ge=0, le=1, description="share of the steps after which they begin to be")
-    control_guidance_end: float = Field(1.0, ge=0, le=1, description="share after which they are no longer; 0.6 to 0.8 lets lines be restyled")
-    canny_low: Threshold = Field("auto", description="Canny's lower threshold in OpenCV's units, where 100 is usual; auto: 0.4 of the upper one")
-    canny_high: Threshold = Field("auto", description="upper threshold, where 200 is usual; auto: by the picture's own contrast")
-    canny_blur: float = Field(1.0, ge=0, le=20, description="standard deviation of the blur before it, pixels; 0: none, as in OpenCV")
-
-    axes: ClassVar[tuple[str, ...]] = (*SamplingConfig.axes, "prompt", "strength", *CONTROL)
-
-    @model_validator(mode="after")
-    def _agree(self):
-        if self.control_guidance_start >= self.control_guidance_end:
-            raise ValueError("control_guidance_start, control_guidance_end: the first must be the smaller one")
-        if self.canny_low != "auto" and self.canny_high != "auto" and self.canny_low > self.canny_high:
-            raise ValueError("canny_low, canny_high: the first must not be above the second")
-        return self
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -80,30 +49,6 @@ class Source:
     picture: "Image"
     edges: Any
     hint: "Image"
-
-
-def find_pictures(pattern: str) -> list[str]:
-    """The pictures that `image` names, sorted.
-
-    Raises:
-        UserError: none.
-    """
-    path = Path(pattern)
-    if path.is_file():
-        return [pattern]
-    names = [str(each) for each in path.iterdir()] if path.is_dir() else glob.glob(pattern, recursive=True)
-    found = sorted(n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and Path(n).is_file())
-    if not found:
-        what = "holds no picture" if path.is_dir() else "no such picture, folder or match"
-        raise UserError(f"image {pattern}: {what}; name a picture, a folder of them, or a pattern")
-    return found
-
-
-def shape_of(cfg: StyleConfig, info: BaseInfo, path: str) -> tuple[int, int]:
-    """Width and height at which a picture is restyled."""
-    if cfg.width and cfg.height:
-        return cfg.width, cfg.height
-    return assign_shapes([image_size(path)], info.resolution, info.size_multiple, True)[0]
 
 
 def find_edges(cfg: StyleConfig, picture: "Image") -> Any:
@@ -126,12 +71,14 @@ def read_source(cfg: StyleConfig, path: str, shape: tuple[int, int]) -> Source:
     return Source(picture, edges, edge_image(edges))
 
 
-def controlnet_of(cfg: StyleConfig, info: BaseInfo) -> str | None:
-    """The ControlNet that `auto` stands for, or the one that is named."""
-    if cfg.controlnet != "auto":
-        return cfg.controlnet
-    own = Path(cfg.pretrained_model_name_or_path) / "controlnet"
-    return str(own) if own.is_dir() else None
+def compared(cfg: StyleConfig, source: Source, image: "Image") -> dict[str, float]:
+    """What the report says of a result, see DEFINITIONS."""
+    from lorakit.pictures.edges import edge_f1
+
+    return {
+        "edge_f1": round(edge_f1(source.edges, find_edges(cfg, image)), 4),
+        "colour_shift": round(colour_shift(source.picture, image), 2),
+    }
 
 
 def colour_shift(a: "Image", b: "Image") -> float:
@@ -145,12 +92,11 @@ def colour_shift(a: "Image", b: "Image") -> float:
 def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path) -> list[Path]:
     """Make the pictures; returns the paths of the sheets."""
     from lorakit.diffusion.models import open_base
-    from lorakit.pictures.edges import edge_f1
     from lorakit.sampling import restyling
     from lorakit.sampling.grid import Batch, fill
 
     started = time.perf_counter()
-    base = open_base(info, cfg.mixed_precision)
+    base = open_base(info, cfg.mixed_precision, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     check_size(cfg, base.info)  # again, for a base that was not on this machine
     name = controlnet_of(cfg, base.info)
     controlnet = restyling.load_controlnet(name, base) if name else None
@@ -174,13 +120,6 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
             control={key: getattr(cell, key) for key in CONTROL},
         )
 
-    def facts(cell: StyleConfig, subject: int, image: "Image") -> dict[str, float]:
-        source = sources[subject]
-        return {
-            "edge_f1": round(edge_f1(source.edges, find_edges(cfg, image)), 4),
-            "colour_shift": round(colour_shift(source.picture, image), 2),
-        }
-
     def alone(cell: StyleConfig, subject: int, seed: int) -> StyleConfig:
         return cell.model_copy(update={"image": paths[subject], "seed": seed, "images_per_picture": 1})
 
@@ -194,68 +133,37 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
         prompts=lambda cell: [cell.prompt] * len(paths),
         render=render,
         alone=alone,
-        facts=facts,
+        facts=lambda cell, subject, image: compared(cell, sources[subject], image),
         shape=lambda subject: sources[subject].picture.size,
     )
     for number, source in enumerate(sources):
         save_png(source.hint, folder / (f"edges_{number:03d}.png" if len(sources) > 1 else "edges.png"))
-    report = {
-        "seconds": round(time.perf_counter() - started, 2),
-        "device": str(base.device),
-        "controlnet": name,
-    }
-    return gallery.finish(report | {"definitions": DEFINITIONS})
-
-
-def notes_of(cfg: StyleConfig, info: BaseInfo, paths: list[str]) -> list[str]:
-    """What a user should know before the work begins.
-
-    Raises:
-        UserError: steps that would not be any.
-    """
-    notes = []
-    for _, cell in cfg.numbered_cells():
-        cell, own = cell.resolved()
-        notes += own
-        steps = cell.sampler()[1]
-        if int(steps * cell.strength) < 1:
-            raise UserError(
-                f"strength {cell.strength:g} of {steps} steps is less than one step; raise either of them"
-            )
-    for path in paths:
-        size, shape = image_size(path), shape_of(cfg, info, path)
-        if size != shape:
-            notes.append(f"{path} is {size[0]}x{size[1]}, restyled at {shape[0]}x{shape[1]}")
-    if cfg.controlnet == "auto" and controlnet_of(cfg, info) is None:
-        notes.append(f"{info.name} has no ControlNet: plain SDEdit, so that strength alone keeps the scene")
-    return list(dict.fromkeys(notes))
+    seconds = round(time.perf_counter() - started, 2)
+    report = {"seconds": seconds, "device": str(base.device), "controlnet": name, "definitions": DEFINITIONS}
+    return gallery.finish(report)
 
 
 def main(argv: list[str]) -> int:
-    argv, again = repeated(StyleConfig, argv)
-    command = parse_command(
+    command = parse_sampling(
         StyleConfig,
         argv,
         prog="style_transfer.py",
         description="Restyle pictures with LoRAs, their edges held by a ControlNet.",
-        default_config=None if again else "cfg/style_transfer/ink.json",
-        epilog="`--from PICTURE.png` takes the settings of a picture that this script made; settings after it "
-        "change them.",
+        default_config="cfg/style_transfer/ink.json",
     )
     cfg = command.config
-    info = inspect_base(cfg.pretrained_model_name_or_path)
+    info = inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
     check_size(cfg, info)
     paths = find_pictures(cfg.image)
     notes = notes_of(cfg, info, paths)
     count = len(cfg.numbered_cells()) * len(paths) * cfg.images_per_picture
-    print(f"pictures    {count} of {len(paths)} with {info.name}", flush=True)
-    print("".join(f"note        {note}\n" for note in notes), end="", flush=True)
-    if "check" in command.flags:
-        return 0
-    folder = claim_folder(cfg)
-    sheets = restyle_all(cfg, info, paths, folder)
-    print(f"wrote       {folder}: {count} pictures, edges, report.json; look at {sheets[0]}")
-    return 0
+    return fill_folder(
+        command,
+        lambda folder: restyle_all(cfg, info, paths, folder),
+        what=f"{count} of {len(paths)} with {info.name}",
+        notes=notes,
+        files=f"{count} pictures, edges, report.json",
+    )
 
 
 if __name__ == "__main__":

@@ -17,16 +17,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lorakit.ground.config import parse_command
+from lorakit.ground.checkpoints import prune_checkpoints
+from lorakit.ground.command import parse_command
 from lorakit.ground.errors import DivergedError, StoppedError, UserError
 from lorakit.ground.process import StopFlag, launched_processes, run_guarded
 from lorakit.ground.publish import check_writable, publish_file
-from lorakit.ground.runs import claim_run, lock_run, prune_checkpoints
+from lorakit.ground.runs import claim_run, lock_run
 from lorakit.training.config import TrainConfig
 from lorakit.training.forecast import checkpoint_bytes, describe_plan, lost_tokens
 from lorakit.training.plan import Plan, make_plan, missing_packages, result_paths
 from lorakit.training.progress import Progress
-from lorakit.training.resume import find_start, run_record, validation_record
+from lorakit.training.resume import check_base, find_start, run_record, validation_record
 from lorakit.training.verify import verify_resume
 
 
@@ -66,9 +67,11 @@ def train(
     main = accelerator.is_main_process
     say = tqdm.write if main else str
     dtype = compute_dtype(accelerator.mixed_precision)
-    base = Base(plan.base, accelerator.device, dtype, cfg.prediction_type)
-    if not plan.base.known:  # a hub id that was not on this machine, or a single file
+    base = Base(plan.base, accelerator.device, dtype, cfg.prediction_type, cfg.clip_skip)
+    if not plan.base.known:  # a hub id that was not on this machine
         plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps)
+        if resume is not None:
+            check_base(resume, base.info)
     learner = Learner(cfg, base, accelerator, plan.steps)
     unet, text_encoder = learner.unet, learner.text_encoder
     objective = make_objective(cfg)
@@ -98,14 +101,16 @@ def train(
             progress.take(saved, best, comparable=saved["validation"] == validation_record(cfg, plan))
             objective.load_state_dict(saved.get("objective", {}))
         pace = 0.1 if sys.stderr.isatty() else 60.0  # seconds between looks at the bar; a log file wants few
-        extent = {"total": plan.steps, "initial": progress.step}
-        bar = tqdm(**extent, desc=cfg.ckpt_name, disable=not main, mininterval=pace)
+        bar = tqdm(
+            desc=cfg.ckpt_name, total=plan.steps, initial=progress.step, mininterval=pace, disable=not main
+        )
         closing.callback(bar.close)
         metrics = Metrics(accelerator, run / "metrics.jsonl", bar, plan.total_batch, progress.smoothed)
         if main:
             metrics.file.truncate_after(progress.step)
         decisions.start_trackers(cfg, accelerator)
         closing.callback(decisions.end_tracking, accelerator)
+        record = run_record(cfg, plan) if main else {}
         due = decisions.due_steps(cfg, plan.steps)
         per_pass = accelerator.num_processes * cfg.train_batch_size
         mine = accelerator.process_index * cfg.train_batch_size
@@ -164,7 +169,7 @@ def train(
                 sheet.draw(done)
             exhausted = progress.exhausted(cfg.early_stop_patience)
             if main and (done in due.checkpoint or stopping or exhausted):
-                saving.save_checkpoint(run, progress, run_record(cfg, plan), learner, objective.state_dict())
+                saving.save_checkpoint(run, progress, record, learner, objective.state_dict())
                 prune_checkpoints(run, cfg.checkpoints_total_limit)
             if stopping:
                 accelerator.wait_for_everyone()

@@ -22,13 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 PICTURES, STEPS, GUIDANCE = 8, 25, 3.0
+CONTROL = {
+    "controlnet_conditioning_scale": 0.7,
+    "control_guidance_start": 0.0,
+    "control_guidance_end": 1.0,
+}
 
 
 def prepare(way: str, base_name: str) -> Callable[[], Any]:
     """What makes PICTURES pictures in one of WAYS, its models loaded."""
-    import torch
-
-    from lorakit.diffusion.lora import add_lora
     from lorakit.diffusion.models import open_base
     from lorakit.sampling.restyling import restyle
     from lorakit.sampling.samplers import encode_prompts, picture_noise, sample_images
@@ -37,51 +39,43 @@ def prepare(way: str, base_name: str) -> Callable[[], Any]:
     base = open_base(inspect_base(base_name))
     shape = (base.info.resolution, base.info.resolution)
     embeds = encode_prompts(base, ["a photo of snowy mountains at noon with a lake", ""])
-    if way in ("live", "merged"):
-        for parameter in add_lora(base.unet, rank=16, alpha=16, targets="attention+ff"):
-            torch.nn.init.normal_(parameter, std=0.01)
-        base.unet.to(base.dtype).requires_grad_(False)
-    if way == "merged":
-        for module in base.unet.modules():
-            if hasattr(module, "merge") and hasattr(module, "lora_A"):
-                module.merge()
+    texts = embeds[:1], embeds[1:]
     options: dict[str, Any] = {"steps": STEPS, "guidance_scale": GUIDANCE}
     batch = 1 if way == "single" else 4
     groups = [list(range(start, start + batch)) for start in range(0, PICTURES, batch)]
+    if way in ("live", "merged"):
+        add_random_lora(base.unet, merge=way == "merged")
     if way not in ("img2img", "controlnet"):
-        return lambda: [
-            sample_images(base, embeds[:1], embeds[1:], seeds=seeds, shape=shape, **options)
-            for seeds in groups
-        ]
-    controlnet: Any = None
-    if way == "controlnet":
-        from diffusers import ControlNetModel
-
-        controlnet = ControlNetModel.from_unet(
-            base.unet, conditioning_embedding_out_channels=(16, 32, 64, 96)
-        )
-        controlnet = controlnet.to(base.device, base.dtype, memory_format=torch.channels_last).eval()
+        return lambda: [sample_images(base, *texts, seeds=seeds, shape=shape, **options) for seeds in groups]
+    controlnet = small_controlnet(base) if way == "controlnet" else None
     pictures = base.decode_pictures(picture_noise(base, range(batch), shape))
-    control = {
-        "controlnet_conditioning_scale": 0.7,
-        "control_guidance_start": 0.0,
-        "control_guidance_end": 1.0,
-    }
-    options |= {"strength": 0.6, "control": control}
-    return lambda: [
-        restyle(
-            base,
-            controlnet,
-            base.scheduler,
-            pictures,
-            pictures,
-            embeds[:1],
-            embeds[1:],
-            seeds=seeds,
-            **options,
-        )
-        for seeds in groups
-    ]
+    options |= {"strength": 0.6, "control": CONTROL}
+    inputs = base, controlnet, base.scheduler, pictures, pictures, *texts
+    return lambda: [restyle(*inputs, seeds=seeds, **options) for seeds in groups]
+
+
+def add_random_lora(unet: Any, merge: bool) -> None:
+    """A LoRA of rank 16 that does something, live or merged into the weights."""
+    from torch.nn.init import normal_
+
+    from lorakit.diffusion.lora import add_lora
+
+    dtype = unet.dtype
+    for parameter in add_lora(unet, rank=16, alpha=16, targets="attention+ff"):
+        normal_(parameter, std=0.01)
+    unet.to(dtype).requires_grad_(False)
+    for module in unet.modules() if merge else ():
+        if hasattr(module, "merge") and hasattr(module, "lora_A"):
+            module.merge()
+
+
+def small_controlnet(base: Any) -> Any:
+    """One that does nothing yet, of the base's own shape."""
+    import torch
+    from diffusers import ControlNetModel
+
+    made = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(16, 32, 64, 96))
+    return made.to(base.device, base.dtype, memory_format=torch.channels_last).eval()
 
 
 WAYS = {

@@ -15,7 +15,8 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.ground.config import Config, parse_command
+from lorakit.ground.command import parse_command
+from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
 from lorakit.ground.process import run_guarded
 from lorakit.ground.publish import make_folder, publish_file

@@ -18,7 +18,8 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorakit.ground.config import Config, parse_command
+from lorakit.ground.command import parse_command
+from lorakit.ground.config import Config
 from lorakit.ground.process import run_guarded
 from miniature.scene import BASE_STYLES, STYLES
 

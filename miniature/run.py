@@ -18,17 +18,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lorakit.diffusion.models import quiet_libraries, set_up_backend
+from lorakit.ground.checkpoints import find_resume, prune_checkpoints, publish_checkpoint
 from lorakit.ground.errors import DivergedError, StoppedError, UserError
 from lorakit.ground.process import StopFlag
 from lorakit.ground.publish import publish_file
-from lorakit.ground.runs import (
-    MetricsFile,
-    claim_run,
-    find_resume,
-    lock_run,
-    prune_checkpoints,
-    publish_checkpoint,
-)
+from lorakit.ground.runs import MetricsFile, claim_run, lock_run
 from lorakit.weights.optimizer_state import pack_optimizer, unpack_optimizer
 from lorakit.weights.tensors import read_tensors, serialize
 from miniature.muon import Muon

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from lorakit.ground.config import Config, parse_command
+from lorakit.ground.command import parse_command
+from lorakit.ground.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,12 +7,109 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import small
+from filelock import FileLock
+from harness import Server
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# No verdict of a clock: the machine may be busy.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
+
+
+# ---- workers: docs/TESTING.md ----
+
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+LONG = 10.0  # seconds; a test that takes as long and is not marked is named at the end
+
+
+def seconds_of(item: pytest.Item) -> float:
+    """What the marker `slow` says that a test takes, 0 without one."""
+    mark = item.get_closest_marker("slow")
+    return (mark.args or (5.0,))[0] if mark else 0.0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many as there are processors for them, and memory: two gigabytes for each."""
+    return small.processors(2 * 2**30)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among workers what takes long goes first, file by file: none shall be left alone with it at the end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    of_file: Counter[Path] = Counter()
+    for item in items:
+        of_file[item.path] += seconds_of(item)
+    slow = [item for item in items if seconds_of(item)]
+    slow.sort(key=lambda item: (-of_file[item.path], item.path, -seconds_of(item)))
+    items[:] = slow + [item for item in items if not seconds_of(item)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = Counter()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in filter(seconds_of, items):
+        item.config.stash[LEFT_OUT].update({"seconds": seconds_of(item), item.path.parent.name: 1})
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says which slow tests were left out, and which ought to be marked so."""
+    left_out = terminalreporter.config.stash[LEFT_OUT]
+    if left_out:
+        minutes = left_out.pop("seconds") / 60
+        rooms = ", ".join(f"{room} {count}" for room, count in sorted(left_out.items()))
+        terminalreporter.write_line(
+            f"left out: {left_out.total()} slow tests, {minutes:.0f} minutes: {rooms}"
+        )
+    took: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and "slow" not in report.keywords:
+                took[report.nodeid] += report.duration
+    for name, seconds in took.most_common():
+        if seconds > LONG:
+            terminalreporter.write_line(f"not marked slow, took {seconds:.0f} s: {name}")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Factory of folders that one worker fills and all read: `once("tiny", small.tiny_base)`."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def shared(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = root / name, root / f"{name}.whole"
+        with FileLock(root / f"{name}.lock"):
+            if not whole.exists():
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return shared
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +125,25 @@ def tiny_text_encoder():
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> Path:
+def tiny_base(once) -> Path:
     """A whole base on disk, see small.tiny_base."""
-    return small.tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+    return once("tiny", small.tiny_base)
+
+
+@pytest.fixture(scope="session")
+def command() -> Iterator[Server]:
+    """Runs a script as a process of its own: `command("train_lora", [...])`."""
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[Server]:
+    """The same with nothing heavy imported before, for whole programs: `program("train_lora.py", [...])`."""
+    server = Server(preload=False)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +184,9 @@ def adapted_unet(tiny_unet, random_lora):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
+def pictures(once) -> Path:
     """Four small pictures of three aspects with captions in metadata.jsonl."""
-    return small.small_pictures(tmp_path_factory.mktemp("pictures"))
+    return once("pictures", small.small_pictures)
 
 
 @pytest.fixture(autouse=True)
@@ -150,28 +263,9 @@ def morph_settings(tiny_base, pictures, fitted, tmp_path):
     """
 
     def make(count: int = 2, loras: tuple[bool, ...] = (True, True, True), **changes) -> list[str]:
-        images = [
-            {
-                "path": str(pictures / f"{k}.png"),
-                "prompt": f"a photo of mountains {k}",
-                "lora": str(fitted[k]) if loras[k] else None,
-            }
-            for k in range(count)
-        ]
-        keys = dict(
-            pretrained_model_name_or_path=str(tiny_base),
-            images=images,
-            train_if_missing=False,
-            frames=5,
-            num_inference_steps=6,
-            probe_steps=3,
-            probe_points=5,
-            output_dir=str(tmp_path / "out"),
-            name="film",
-            formats=[],
-            min_side=16,
-        )
-        return [f"{key}={json.dumps(value)}" for key, value in (keys | changes).items()]
+        own = {k: path for k, (path, has) in enumerate(zip(fitted, loras, strict=False)) if has}
+        keys = small.short_morph(tiny_base, pictures, own, count) | {"output_dir": str(tmp_path / "out")}
+        return small.settings_of(**(keys | changes))
 
     return make
 

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,53 @@ SHORT_RUN: dict[str, Any] = dict(
 def settings_of(**values: object) -> list[str]:
     """`key=value` for the command line."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def processors(bytes_each: int) -> int:
+    """Processors for this process, in its control group, with memory for each to work; 1 at least."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = Path("/sys/fs/cgroup/cpu.max")
+    if share.exists() and not (words := share.read_text().split())[0].startswith("max"):
+        count = min(count, round(int(words[0]) / int(words[1])))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(count, memory // bytes_each))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(script: str, arguments: list[str]) -> list[str]:
+    """The command line of two processes; at a port of their own, for other tests run beside this one."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return [*launcher, "--master_port", str(free_port()), script, *arguments]
+
+
+def short_morph(base: Path, pictures: Path, loras: Mapping[int, Path], count: int) -> dict[str, Any]:
+    """A morph of a few frames through pictures of a folder; picture k has LoRA k, if there is one."""
+    images = [
+        {
+            "path": str(pictures / f"{k}.png"),
+            "prompt": f"a photo of mountains {k}",
+            "lora": str(loras[k]) if k in loras else None,
+        }
+        for k in range(count)
+    ]
+    return dict(
+        pretrained_model_name_or_path=str(base),
+        images=images,
+        train_if_missing=False,
+        frames=5,
+        num_inference_steps=6,
+        probe_steps=3,
+        probe_points=5,
+        name="film",
+        formats=[],
+        min_side=16,
+    )
 
 
 def full_disk(monkeypatch: "pytest.MonkeyPatch", at: int) -> Callable[[], int]:

@@ -43,9 +43,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 from pydantic import Field  # noqa: E402
-from small import SHORT_RUN, settings_of, small_pictures, tiny_base  # noqa: E402
+from small import SHORT_RUN, settings_of, short_morph, small_pictures, tiny_base  # noqa: E402
 
-from lorakit.ground.config import Config, parse_command  # noqa: E402
+from lorakit.ground.command import parse_command  # noqa: E402
+from lorakit.ground.config import Config  # noqa: E402
 from lorakit.ground.errors import UserError  # noqa: E402
 
 SLOW = 1.0  # seconds of work that count as a hang
@@ -277,7 +278,7 @@ def _manifests() -> list[bytes]:
 
 
 def _read_manifest(path: Path) -> None:
-    from lorakit.ground.runs import latest_checkpoint
+    from lorakit.ground.checkpoints import latest_checkpoint
 
     folder = path.with_name("run") / "checkpoint-00000005"
     folder.mkdir(parents=True, exist_ok=True)
@@ -606,8 +607,8 @@ def unusable_checkpoints(run: Path) -> list[str]:
     """The newest checkpoint, if it is not whole, and each visible LoRA file that is not."""
     from safetensors.torch import load
 
-    from lorakit.ground.runs import checkpoints, verify_checkpoint
-    from lorakit.weights.lora_file import read_lora
+    from lorakit.ground.checkpoints import checkpoints, verify_checkpoint
+    from lorakit.weights.lora_reader import read_lora
 
     found = []
     loras = [path for path in (run / "best.safetensors", run.with_suffix(".safetensors")) if path.exists()]
@@ -641,24 +642,11 @@ def losses(run: Path) -> dict[str, str]:
 
 
 def morphing(name: str, base: Path, pictures: Path, lora: Path, count: int, **changes: Any) -> Story:
-    images = [{"path": str(pictures / f"{k}.png"), "prompt": f"mountains {k}"} for k in range(count)]
-    images[0]["lora"] = str(lora)
-    keys = dict(
-        pretrained_model_name_or_path=str(base),
-        images=images,
-        train_if_missing=False,
-        frames=4,
-        num_inference_steps=8,
-        probe_steps=3,
-        probe_points=5,
-        name="film",
-        formats=["gif"],
-        min_side=16,
-    )
+    keys = short_morph(base, pictures, {0: lora}, count) | {"formats": ["gif"]} | changes
     return Story(
         name,
         "morph",
-        lambda folder: settings_of(**(keys | changes | {"output_dir": str(folder)})),
+        lambda folder: settings_of(**(keys | {"output_dir": str(folder)})),
         lambda folder: unusable_files(folder),
         lambda folder: {
             str(path.relative_to(folder)): sha(path)

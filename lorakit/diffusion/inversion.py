@@ -12,14 +12,12 @@ anchored     DDIM's path, and what each sampling step misses it by (after PnP in
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lorakit.diffusion.schedule import Grid, ddim_step
 
-Method = Literal["ddim", "fixed_point", "obelm", "null_text", "anchored"]
 Predict = Callable[[Tensor, int], Tensor]  # noisy latents, timestep -> noise, all in the dtype of the latents
 
 

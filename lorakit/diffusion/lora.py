@@ -16,17 +16,11 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from lorakit.diffusion.text import dropped
 from lorakit.ground.errors import UserError
-from lorakit.weights.lora_file import (
-    TARGET_PRESETS,
-    LoraFile,
-    LoraPair,
-    base_of,
-    component_of,
-    kohya_name,
-    read_lora,
-)
+from lorakit.weights.lora_file import TARGET_PRESETS, LoraFile, LoraPair, base_of, component_of, kohya_name
 from lorakit.weights.lora_metadata import Component
+from lorakit.weights.lora_reader import read_lora
 
 # ---- training ----
 
@@ -60,14 +54,7 @@ def add_lora(
     """
     names = _resolve_targets(model, targets)
     if init == "orthogonal":
-        convolutions = [
-            name for name, layer in _layers(model).items() if name in names and layer.weight.ndim == 4
-        ]
-        if convolutions or rank % 2:
-            why = f"{convolutions[0]} is a convolution" if convolutions else f"rank is {rank}"
-            raise UserError(
-                f'init "orthogonal" needs linear layers and an even rank, but {why}; use "gaussian"'
-            )
+        _refuse_orthogonal(model, names, rank)
     effective = alpha * math.sqrt(rank) if use_rslora else alpha
     config = LoraConfig(
         r=rank,
@@ -83,6 +70,14 @@ def add_lora(
     for parameter in parameters:
         parameter.data = parameter.data.float()
     return parameters
+
+
+def _refuse_orthogonal(model: Any, names: Sequence[str], rank: int) -> None:
+    layers = _layers(model).items()
+    convolutions = [name for name, layer in layers if name in names and layer.weight.ndim == 4]
+    if convolutions or rank % 2:
+        why = f"{convolutions[0]} is a convolution" if convolutions else f"rank is {rank}"
+        raise UserError(f'init "orthogonal" needs linear layers and an even rank, but {why}; use "gaussian"')
 
 
 def extract(model: Any, prefix: Component, adapter_name: str = "default") -> dict[str, LoraPair]:
@@ -153,7 +148,8 @@ def load_lora(
     """Loads a LoRA of any layout beside those already active, frozen; returns how many modules it adapts.
 
     A weight matrix changes by weight * alpha / rank * up @ down, in the dtype of the base's layer. The models
-    stay as they were unless every module of the file has its place.
+    stay as they were unless every module of the file has its place. What it does to layers of the text
+    encoder that clip skip dropped is left out.
 
     Args:
         label: stands for the file in messages (default: its path).
@@ -174,6 +170,9 @@ def load_lora(
         modules = {name: pair for name, pair in file.modules.items() if component_of(name) == component}
         if modules and model is None:
             raise UserError(f"{label}: trains the text encoder too; give it, or its part is lost")
+        if component == "text_encoder" and modules:
+            lost = dropped(unwrap(model))
+            modules = {name: pair for name, pair in modules.items() if not name.startswith(lost)}
         if modules:
             model = unwrap(model)
             if adapter_name in getattr(model, "peft_config", {}):
@@ -181,7 +180,7 @@ def load_lora(
             plans.append((model, _match(model, component, modules, label)))
     for model, pairs in plans:
         _add_pairs(model, pairs, adapter_name, weight)
-    return len(file.modules)
+    return sum(len(pairs) for _, pairs in plans)
 
 
 def _match(model: Any, component: Component, modules: dict[str, LoraPair], label: str) -> dict[str, LoraPair]:
@@ -200,10 +199,8 @@ def _match(model: Any, component: Component, modules: dict[str, LoraPair], label
     result = {}
     for name, pair in modules.items():
         weight = layers[dotted[name]].weight
-        down, up = (
-            (pair.rank, *weight.shape[1:]),
-            (weight.shape[0], pair.rank, *(1 for _ in weight.shape[2:])),
-        )
+        down = (pair.rank, *weight.shape[1:])
+        up = (weight.shape[0], pair.rank, *(1 for _ in weight.shape[2:]))
         # A 1x1 convolution and a linear layer hold the same numbers: tools write either shape.
         if pair.down.numel() != math.prod(down) or pair.up.numel() != math.prod(up):
             raise UserError(_misfit(label, name, pair, weight, modules))

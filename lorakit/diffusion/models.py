@@ -1,7 +1,7 @@
 """A base model's parts, loaded when first touched, with the project's policy for dtype, device and attention.
 
 Images are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w) are scaled by the VAE's `scaling_factor`;
-prompt_embeds are the text encoder's last hidden states (B, L, D).
+prompt_embeds (B, L, D) are the text encoder's hidden states at the layer that `clip_skip` names.
 """
 
 import logging
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorakit.diffusion.schedule import NoiseSchedule
+from lorakit.diffusion.text import end_at
 from lorakit.pictures.images import from_array
 from lorakit.weights.base import BaseInfo, fetch_base
 from lorakit.weights.part_files import BaseError, read_places
@@ -39,6 +40,7 @@ class Base:
         device: where the parts live once loaded.
         dtype: compute dtype of the frozen U-Net and text encoder.
         prediction_type: what the U-Net predicts; None: as `info` says.
+        clip_skip: which layer of the text encoder is read, counted from its end; None: 1, the last.
 
     Raises:
         BaseError: the hub cannot be reached, or the files are not a Stable Diffusion 1.x/2.x.
@@ -50,11 +52,13 @@ class Base:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         prediction_type: str | None = None,
+        clip_skip: int | None = None,
     ):
         quiet_libraries()
         self.device, self.dtype = torch.device(device), dtype
         self.info = info if info.known else fetch_base(info, prediction_type)
         self.prediction_type = prediction_type or self.info.prediction_type
+        self.clip_skip = clip_skip or 1
 
     @cached_property
     def unet(self):
@@ -77,7 +81,9 @@ class Base:
         def make(config: dict[str, Any]) -> Any:
             return CLIPTextModel(CLIPTextConfig.from_dict(config))
 
-        return self._load("text_encoder", make, self.dtype).to(self.device)
+        text_encoder = self._load("text_encoder", make, self.dtype).to(self.device)
+        end_at(text_encoder, self.clip_skip)
+        return text_encoder
 
     @cached_property
     def tokenizer(self):
@@ -168,11 +174,15 @@ def posterior_sample(moments: Tensor, noise: Tensor, scaling_factor: float) -> T
     return (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise) * scaling_factor
 
 
-def open_base(info: BaseInfo, mixed_precision: str = "auto") -> Base:
-    """The base on the best device here; `auto` is fp16 on a CUDA GPU and float32 elsewhere."""
+def open_base(info: BaseInfo, mixed_precision: str = "auto", **settings: Any) -> Base:
+    """The base on the best device here; `auto` is fp16 on a CUDA GPU and float32 elsewhere.
+
+    Args:
+        settings: prediction_type and clip_skip of Base.
+    """
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     set_up_backend(device)
-    return Base(info, device, compute_dtype(resolve_precision(mixed_precision, device)))
+    return Base(info, device, compute_dtype(resolve_precision(mixed_precision, device)), **settings)
 
 
 def resolve_precision(mixed_precision: str, device_type: str) -> str:

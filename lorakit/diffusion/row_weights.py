@@ -15,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorakit.diffusion.lora import active_adapters
+
 
 def lora_layers(model: Any, adapters: Sequence[str]) -> list[tuple[LoraLayer, str]]:
     """Every (layer, adapter) of these adapters."""
@@ -115,6 +117,23 @@ def _scaled(model: Any, weights: dict[str, float]) -> Iterator[None]:
     finally:
         for layer, name, scale in before:
             layer.scaling[name] = scale
+
+
+@contextmanager
+def all_active(models: Sequence[Any], adapters: Sequence[str]) -> Iterator[None]:
+    """Inside, all of these adapters take part in those models that have any, so that rows may weigh them."""
+    models = [model for model in models if adapters and getattr(model, "peft_config", None)]
+    before = [(model, active_adapters(model)) for model in models]
+    flags = [(p, p.requires_grad) for model in models for p in model.parameters()]  # PEFT turns them on
+    try:
+        for model in models:
+            model.set_adapter([name for name in adapters if name in model.peft_config])
+        yield
+    finally:
+        for model, names in before:
+            model.set_adapter(names)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def row_weights(model: Any, adapters: Sequence[str], weights: Tensor):

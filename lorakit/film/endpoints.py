@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +13,8 @@ from lorakit.diffusion.denoiser import Denoiser, Rows, join_rows
 from lorakit.diffusion.lora import load_lora
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.row_weights import row_weights, weight_table
-from lorakit.film.morph_plan import FIT_TIMESTEPS, MorphPlan, base_hashes, file_sha256
+from lorakit.film.config import MorphConfig
+from lorakit.film.morph_plan import FIT_TIMESTEPS, MorphPlan, file_sha256
 from lorakit.film.morphing import Ends
 from lorakit.ground import randomness
 from lorakit.ground.errors import OutputError, UserError
@@ -22,6 +22,7 @@ from lorakit.ground.publish import explained, publish_file
 from lorakit.pictures.images import to_array
 from lorakit.pictures.views import entry_name
 from lorakit.weights.base import BaseInfo
+from lorakit.weights.identity import base_identity
 from lorakit.weights.tensors import read_tensors, serialize
 
 CACHE_VERSION = 1
@@ -56,7 +57,7 @@ def encode_text(base: Base, text: str, adapters: Sequence[str], weights: Tensor)
         return base.text_encoder(base.tokenize([text]))[0].float()
 
 
-def conditions(cfg: Any, base: Base, adapters: dict[str, str], loras: bool = True) -> Rows:
+def conditions(cfg: MorphConfig, base: Base, adapters: dict[str, str], loras: bool = True) -> Rows:
     """What each picture lies under: its own prompt and its own LoRA, in both of the base's networks."""
     names, rows = list(adapters.values()), []
     for picture in cfg.images:
@@ -68,7 +69,7 @@ def conditions(cfg: Any, base: Base, adapters: dict[str, str], loras: bool = Tru
     return join_rows(rows)
 
 
-def control_embeds(cfg: Any, base: Base, adapters: dict[str, str]) -> Tensor | None:
+def control_embeds(cfg: MorphConfig, base: Base, adapters: dict[str, str]) -> Tensor | None:
     """The anchor prompt's embeddings (L, D), without any LoRA."""
     if cfg.anchor_prompt is None:
         return None
@@ -77,7 +78,7 @@ def control_embeds(cfg: Any, base: Base, adapters: dict[str, str]) -> Tensor | N
 
 
 def prepare_ends(
-    cfg: Any,
+    cfg: MorphConfig,
     base: Base,
     denoiser: Denoiser,
     rows: Rows,
@@ -114,14 +115,15 @@ def prepare_ends(
 
 
 def path_names(
-    cfg: Any, plan: MorphPlan, info: BaseInfo, folder: Path, dtype: str, loras: bool
+    cfg: MorphConfig, plan: MorphPlan, info: BaseInfo, folder: Path, dtype: str, loras: bool
 ) -> list[Path]:
     """The cache entry of each picture's path: a hash of everything that it depends on."""
-    hashes = base_hashes(info)
     guided = cfg.inversion_guidance_scale != 1
-    shared = [CACHE_VERSION, hashes, plan.shape, cfg.num_inference_steps, cfg.inversion_method, dtype]
+    shared = [CACHE_VERSION, base_identity(info), plan.shape, cfg.num_inference_steps]
+    shared += [cfg.inversion_method, dtype]
     shared += [cfg.fixed_point_iterations if cfg.inversion_method == "fixed_point" else None]
-    shared += [cfg.inversion_guidance_scale, cfg.negative_prompt if guided else None, cfg.prediction_type]
+    shared += [cfg.inversion_guidance_scale, cfg.negative_prompt if guided else None]
+    shared += [cfg.prediction_type, cfg.clip_skip]
     names = []
     for picture in cfg.images:
         lora = (file_sha256(picture.lora), picture.lora_weight) if picture.lora and loras else None
@@ -145,7 +147,7 @@ def _read_path(name: Path, shape: tuple[int, ...]) -> Tensor | None:
 
 @torch.no_grad()
 def check_fit(
-    cfg: Any, denoiser: Denoiser, rows: Rows, latents: Sequence[Tensor], adapters: dict[str, str]
+    cfg: MorphConfig, denoiser: Denoiser, rows: Rows, latents: Sequence[Tensor], adapters: dict[str, str]
 ) -> tuple[dict[str, list[float]], list[str]]:
     """How well each LoRA fits each picture, by the training loss at a few fixed timesteps, and warnings.
 

@@ -4,15 +4,18 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lorakit.film.config import MorphConfig
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
-from lorakit.weights.base import BaseInfo, inspect_base, weights_hash
+from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.base_settings import check_clip_skip, clip_skip_notes
+from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_metadata import trained_objectives
 from lorakit.weights.tensors import read_header
 
@@ -49,7 +52,7 @@ class MorphPlan:
         return self.base.latent_channels, self.shape[1] // factor, self.shape[0] // factor
 
 
-def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
+def make_morph_plan(cfg: MorphConfig, base: BaseInfo | None = None) -> MorphPlan:
     """Check base, pictures, LoRA files and writers, and count the frames.
 
     Args:
@@ -58,11 +61,30 @@ def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
     Raises:
         UserError: what is missing, unreadable or does not fit together; names the key and the remedy.
     """
-    base = base or inspect_base(cfg.pretrained_model_name_or_path)
+    base = base or inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    check_clip_skip(base, cfg.clip_skip)
     shape = cfg.width or base.resolution, cfg.height or base.resolution
     for key, side in zip(("width", "height"), shape, strict=True):
         if side % base.vae_factor:
             raise UserError(f"{key} {side}: must divide by the base's VAE factor, {base.vae_factor}")
+    notes = _picture_notes(cfg, shape)
+    loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
+    missing = _missing(cfg, loras)
+    for path in (present := [path for path in loras if path not in missing]):
+        _refuse_few_steps(path)
+    notes += clip_skip_notes(cfg.clip_skip, present)
+    for name, reason in missing_writers(cfg.formats).items():
+        raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
+    if cfg.distance == "lpips":
+        _need_lpips()
+    if not (parent := existing_parent(Path(cfg.output_dir))).is_dir():
+        raise OutputError(f"output_dir {cfg.output_dir}: {parent} is a file; choose another folder")
+    segments = len(cfg.images) - (0 if cfg.loop else 1)
+    total = segments * (cfg.frames - 1) + (0 if cfg.loop else 1)
+    return MorphPlan(base, shape, segments, total, loras, missing, tuple(notes))
+
+
+def _picture_notes(cfg: MorphConfig, shape: Shape) -> list[str]:
     notes = []
     for i, picture in enumerate(cfg.images):
         width, height = image_size(picture.path)
@@ -70,7 +92,11 @@ def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
             notes.append(f"images.{i}: {picture.path}, {width}x{height}, is cut to {shape[0]}x{shape[1]}")
         if min(width / shape[0], height / shape[1]) < 0.5:
             notes.append(f"images.{i}: {picture.path} is less than half as large as the frames: soft frames")
-    loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
+    return notes
+
+
+def _missing(cfg: MorphConfig, loras: Sequence[str]) -> tuple[str, ...]:
+    """Those that are to be trained first."""
     missing = tuple(path for path in loras if not Path(path).exists())
     if missing and not cfg.train_if_missing:
         raise UserError(
@@ -81,17 +107,7 @@ def make_morph_plan(cfg: Any, base: BaseInfo | None = None) -> MorphPlan:
         raise UserError(f"{unnamed[0]}: a LoRA that is to be trained needs a name that ends in .safetensors")
     if missing and not Path(cfg.fit_config).is_file():
         raise UserError(f"fit_config {cfg.fit_config}: no such config, and {missing[0]} is to be trained")
-    for path in set(loras) - set(missing):
-        _refuse_few_steps(path)
-    for name, reason in missing_writers(cfg.formats).items():
-        raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
-    if cfg.distance == "lpips":
-        _need_lpips()
-    if not (parent := existing_parent(Path(cfg.output_dir))).is_dir():
-        raise OutputError(f"output_dir {cfg.output_dir}: {parent} is a file; choose another folder")
-    segments = len(cfg.images) - (0 if cfg.loop else 1)
-    total = segments * (cfg.frames - 1) + (0 if cfg.loop else 1)
-    return MorphPlan(base, shape, segments, total, loras, missing, tuple(notes))
+    return missing
 
 
 def _refuse_few_steps(path: str) -> None:
@@ -118,19 +134,19 @@ def _need_lpips() -> None:
 # ---- counting ----
 
 
-def probe_stride(cfg: Any) -> int:
+def probe_stride(cfg: MorphConfig) -> int:
     """Every how-many-th node of the grid a probe passes."""
     return math.ceil(cfg.num_inference_steps / cfg.probe_steps)
 
 
-def probe_rounds(cfg: Any) -> list[int]:
+def probe_rounds(cfg: MorphConfig) -> list[int]:
     """Inner positions of a segment per round of the probe: evenly spread ones, then where gaps are large."""
     inner = cfg.probe_points - 2
     first = max(1, (inner - 1) // 2)
     return [first, inner - first] if inner > first else [first]
 
 
-def count_evaluations(cfg: Any, plan: MorphPlan) -> dict[str, int]:
+def count_evaluations(cfg: MorphConfig, plan: MorphPlan) -> dict[str, int]:
     """U-Net evaluations of one row, by part of the work; guidance above 1 takes two for a row.
 
     fixed_point may need fewer: a row's search ends when it gets no better.
@@ -153,7 +169,7 @@ def count_evaluations(cfg: Any, plan: MorphPlan) -> dict[str, int]:
     return counts
 
 
-def attention_bytes(cfg: Any, plan: MorphPlan, element: int = 4) -> int | None:
+def attention_bytes(cfg: MorphConfig, plan: MorphPlan, element: int = 4) -> int | None:
     """Keys and values of one step, of all pictures, in the blocks that share attention."""
     unet = plan.base.configs.get("unet")
     if cfg.attention == "off" or not unet:
@@ -183,7 +199,7 @@ def _tokens(height: int, width: int, level: int) -> int:
     return height * width
 
 
-def predict_memory(cfg: Any, plan: MorphPlan, half: bool = False) -> dict[str, int] | None:
+def predict_memory(cfg: MorphConfig, plan: MorphPlan, half: bool = False) -> dict[str, int] | None:
     """Bytes on the device by part, without the framework's own; None where the base is not known.
 
     What a pass of the U-Net holds at its peak is taken as the skip connections and eight tensors of its
@@ -206,7 +222,7 @@ def predict_memory(cfg: Any, plan: MorphPlan, half: bool = False) -> dict[str, i
     }
 
 
-def describe_morph(cfg: Any, plan: MorphPlan) -> str:
+def describe_morph(cfg: MorphConfig, plan: MorphPlan) -> str:
     """The plan in words, for --check."""
     base = plan.base
     about = f"VAE factor {base.vae_factor}, {base.prediction_type}" if base.known else "read when work starts"
@@ -245,14 +261,7 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def base_hashes(base: BaseInfo) -> dict[str, str]:
-    """sha256 of every weights file of a base, and of its configs: with others the same weights differ."""
-    configs = json.dumps(base.configs, sort_keys=True, default=str)
-    hashes = {part: weights_hash(path) for part, path in base.files.items()}
-    return hashes | {"configs": hashlib.sha256(configs.encode()).hexdigest()}
-
-
-def fingerprint(cfg: Any, plan: MorphPlan, dtype: str, loras: bool = True) -> str:
+def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = True) -> str:
     """A hash of all that the frames are a function of: settings and the content of every file."""
     settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in PRESENTATION}
     settings["images"] = [
@@ -264,6 +273,6 @@ def fingerprint(cfg: Any, plan: MorphPlan, dtype: str, loras: bool = True) -> st
         }
         for picture in cfg.images
     ]
-    settings |= {"shape": plan.shape, "base": base_hashes(plan.base), "dtype": dtype, "version": VERSION}
+    settings |= {"shape": plan.shape, "base": base_identity(plan.base), "dtype": dtype, "version": VERSION}
     settings.pop("pretrained_model_name_or_path")
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -24,53 +24,17 @@ from lorakit.diffusion.metrics import (
     relative_sharpness,
     ssim,
 )
+from lorakit.film.config import MorphConfig
+from lorakit.film.morph_folder import WITHOUT, Version, open_frame
 from lorakit.film.morph_plan import MorphPlan
 from lorakit.film.page import morph_page
-from lorakit.film.shooting import frame_paths, open_frame
 from lorakit.ground.publish import publish_file
 from lorakit.pictures.animation import save_animation, timeline, upscale
 from lorakit.pictures.images import psnr, save_png, to_array
 from lorakit.pictures.sheet import contact_sheet, film_strip
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-FILM = "film.json"
-WITHOUT = "without_lora"  # the folder of the film without LoRAs, in that of the morph
 SHEET_COLUMNS = 8
-
-
-@dataclass(frozen=True)
-class Version:
-    """One film of a morph, with its LoRAs or without: where its frames lie, and what making it took.
-
-    Of each picture: mean and deviation of its inverted latents, and how far sampling steps miss its path
-    (morphing.State). `fit` and `warnings` are those of endpoints.check_fit.
-    """
-
-    positions: list[float]
-    noise_mean: list[float]
-    noise_std: list[float]
-    residual_ratio: list[float]
-    evaluations: int
-    seconds: float
-    attention_bytes: int
-    fit: dict[str, list[float]]
-    warnings: list[str]
-
-    def frames(self, folder: Path) -> list[Path]:
-        return frame_paths(folder / "frames", len(self.positions))
-
-    def save(self, folder: Path) -> None:
-        """Vouch for the frames in `folder`: they are all there."""
-        publish_file(folder / FILM, json.dumps(asdict(self), allow_nan=False).encode())
-
-
-def finished_version(folder: Path) -> Version | None:
-    """The film in `folder`, if all of its frames are there."""
-    try:
-        found = Version(**json.loads((folder / FILM).read_bytes()))
-        return found if all(path.exists() for path in found.frames(folder)) else None
-    except (FileNotFoundError, ValueError, TypeError, RecursionError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -106,7 +70,7 @@ def measure(
 
 
 def write_outputs(
-    cfg: Any,
+    cfg: MorphConfig,
     plan: MorphPlan,
     folder: Path,
     versions: Sequence[Version],
@@ -147,7 +111,7 @@ def write_outputs(
 
 
 def make_report(
-    cfg: Any,
+    cfg: MorphConfig,
     versions: Sequence[Version],
     films: Sequence[Sequence[Image.Image]],
     found: Sequence[Measured],
@@ -156,33 +120,20 @@ def make_report(
     round_trips: Sequence[Image.Image],
 ) -> dict[str, Any]:
     """What report.json holds; `other` is the film without LoRA, `cross_fade` the floor of every morph."""
-    parts, last = [], len(cfg.images) - (1 if cfg.loop else 2)  # segment
-    for version_, film, measured, where in zip(versions, films, found, ("", f"{WITHOUT}/"), strict=False):
-        frames = [
-            {
-                "index": index,
-                "segment": (segment := min(math.floor(position), last)),
-                "alpha": position - segment,
-                "sharpness": sharpness,
-                "file": f"{where}frames/{index:04d}.png",
-            }
-            for index, (position, sharpness) in enumerate(
-                zip(version_.positions, measured.sharpness, strict=False)  # in a loop the first comes again
-            )
-        ]
-        parts.append(
-            {
-                "frames": frames,
-                "distances": measured.steps,
-                "metrics": measured.metrics,
-                "images": _ends(cfg, version_, film, pictures, round_trips),
-                "fit": version_.fit,
-                "warnings": version_.warnings,
-                "unet_evaluations": version_.evaluations,
-                "seconds": round(version_.seconds, 2),
-                "attention_bytes": version_.attention_bytes,
-            }
-        )
+    parts = [
+        {
+            "frames": _frames(cfg, version_.positions, measured.sharpness, where),
+            "distances": measured.steps,
+            "metrics": measured.metrics,
+            "images": _ends(cfg, version_, film, pictures, round_trips),
+            "fit": version_.fit,
+            "warnings": version_.warnings,
+            "unet_evaluations": version_.evaluations,
+            "seconds": round(version_.seconds, 2),
+            "attention_bytes": version_.attention_bytes,
+        }
+        for version_, film, measured, where in zip(versions, films, found, ("", f"{WITHOUT}/"), strict=False)
+    ]
     report = parts[0] | {
         "cross_fade": floor.metrics,
         "definitions": DEFINITIONS,
@@ -192,8 +143,25 @@ def make_report(
     return report | ({"other": parts[1]} if len(parts) == 2 else {})
 
 
+def _frames(
+    cfg: MorphConfig, positions: Sequence[float], sharpness: Sequence[float], where: str
+) -> list[dict[str, Any]]:
+    last = len(cfg.images) - (1 if cfg.loop else 2)  # segment
+    return [
+        {
+            "index": index,
+            "segment": (segment := min(math.floor(position), last)),
+            "alpha": position - segment,
+            "sharpness": value,
+            "file": f"{where}frames/{index:04d}.png",
+        }
+        # In a loop the first comes again.
+        for index, (position, value) in enumerate(zip(positions, sharpness, strict=False))
+    ]
+
+
 def _ends(
-    cfg: Any,
+    cfg: MorphConfig,
     version_: Version,
     film: Sequence[Image.Image],
     pictures: Sequence[Image.Image],
@@ -249,7 +217,7 @@ def _finite(value: float) -> float | None:
 
 
 def _faded(
-    cfg: Any, plan: MorphPlan, targets: Sequence[Image.Image]
+    cfg: MorphConfig, plan: MorphPlan, targets: Sequence[Image.Image]
 ) -> tuple[list[Image.Image], list[float]]:
     """The cross-fade of the same length, and where its frames lie."""
     count = cfg.frames - 1
@@ -261,14 +229,14 @@ def _faded(
     return [*frames, targets[-1]], [*at, float(plan.segments)]
 
 
-def save_animations(cfg: Any, folder: Path, name: str, film: Sequence[Image.Image]) -> None:
+def save_animations(cfg: MorphConfig, folder: Path, name: str, film: Sequence[Image.Image]) -> None:
     times = timeline(len(film), fps=cfg.fps, hold_ms=0 if cfg.loop else cfg.hold_ms, pingpong=cfg.pingpong)
     large = upscale(film, cfg.min_side)
     for suffix in cfg.formats:
         save_animation([large[i] for i, _ in times], folder / f"{name}.{suffix}", [ms for _, ms in times])
 
 
-def _film_sheet(cfg: Any, film: Sequence[Image.Image], positions: Sequence[float]) -> Image.Image:
+def _film_sheet(cfg: MorphConfig, film: Sequence[Image.Image], positions: Sequence[float]) -> Image.Image:
     """Every frame with its alpha, or its position in a film of more than two pictures."""
     name = "at" if len(cfg.images) > 2 or cfg.loop else "alpha"
     return film_strip(film, [f"{name} {position:.3f}" for position in positions], SHEET_COLUMNS)

@@ -7,7 +7,7 @@ deltas of LoRAs are mixed, one mixture per row; and the pictures' paths are anch
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from lorakit.diffusion.attention import Between
 from lorakit.diffusion.denoiser import Denoiser, Rows, join_rows
 from lorakit.diffusion.interpolate import adain, bezier, slerp
 from lorakit.diffusion.schedule import Grid, ddim_step
+from lorakit.film.config import MorphConfig
 from lorakit.ground.chunks import Chunks
 
 
@@ -31,13 +32,17 @@ class Ends:
 
 @dataclass(frozen=True)
 class Settings:
-    """How frames are made; see the keys of MorphConfig, in morph.py, with the same names."""
+    """How frames are made; see the keys of MorphConfig with the same names."""
 
     guidance_scale: float = 1.0
     attention_share: float = 0.6
     adain: bool = True
     anchor: bool = True
     residual_power: float = 2.0
+
+    @classmethod
+    def of(cls, cfg: MorphConfig) -> "Settings":
+        return cls(**{each.name: getattr(cfg, each.name) for each in fields(cls)})
 
 
 @dataclass
@@ -100,19 +105,15 @@ def denoise(
     alpha = lies.alpha.to(state.frames).view(-1, 1, 1, 1)
     left, right = (1 - alpha) ** settings.residual_power, alpha**settings.residual_power
 
+    everything, pictures = join_rows([ends.rows, rows]), len(ends.rows)
+
     def step_rows(i: int, latents: Tensor, at: slice) -> Tensor:
-        look: dict[str, Any] = {}
-        if denoiser.shared is not None and i < settings.attention_share * len(grid):
-            if at.start < pictures:
-                look["record"] = "more" if at.start else "new"
-            inside = slice(max(at.start - pictures, 0), max(at.stop - pictures, 0))
-            if inside.start < inside.stop:
-                look["between"] = Between(lies.left[inside], lies.right[inside], lies.alpha[inside])
+        shares = denoiser.shared is not None and i < settings.attention_share * len(grid)
+        look = _look(lies, pictures, at) if shares else {}
         latents, g = latents[at], settings.guidance_scale
         noise = denoiser(latents, grid.timesteps[i], everything[at], g, **look)
         return ddim_step(latents, noise, grid.alpha_bar[i], grid.alpha_bar[i + 1])
 
-    everything, pictures = join_rows([ends.rows, rows]), len(ends.rows)
     for i in range(state.step, len(grid)):
         latents = torch.cat([state.ends, state.frames])  # pictures first: frames look at them in this pass
         if denoiser.single:  # runs rows one by one, so that chunks would only mix up the recorded halves
@@ -129,6 +130,17 @@ def denoise(
         ratio = state.residual_ratio.to(ratio) + (ratio - state.residual_ratio.to(ratio)) / (i + 1)
         state = State(i + 1, frames, stepped, ratio)
         yield state
+
+
+def _look(lies: Between, pictures: int, at: slice) -> dict[str, Any]:
+    """How rows `at` share attention: pictures come first and are recorded, frames look at them."""
+    look: dict[str, Any] = {}
+    if at.start < pictures:
+        look["record"] = "more" if at.start else "new"
+    inside = slice(max(at.start - pictures, 0), max(at.stop - pictures, 0))
+    if inside.start < inside.stop:
+        look["between"] = Between(lies.left[inside], lies.right[inside], lies.alpha[inside])
+    return look
 
 
 def positions_to_rows(

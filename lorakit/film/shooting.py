@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
 from torch import Tensor
 
 from lorakit.diffusion.metrics import FeatureDistance
 from lorakit.diffusion.models import Base
 from lorakit.film import morphing
+from lorakit.film.config import MorphConfig
 from lorakit.film.endpoints import decode_picture
+from lorakit.film.morph_folder import frame_paths
 from lorakit.film.morph_plan import MorphPlan, probe_rounds, probe_stride
 from lorakit.film.pacing import ease, even_positions, next_probe, select_even, share_frames
 from lorakit.ground.chunks import Chunks
@@ -142,7 +143,7 @@ def _in_order(positions: Sequence[float], inside: list[int], parts: list, ends: 
 # ---- pacing ----
 
 
-def shoot(cfg: Any, plan: MorphPlan, studio: Studio) -> tuple[list[float], Tensor]:
+def shoot(cfg: MorphConfig, plan: MorphPlan, studio: Studio) -> tuple[list[float], Tensor]:
     """The positions of the film's frames, as cfg.reschedule paces them, and the frames' latents."""
     if cfg.reschedule == "select":
         return _select(cfg, plan, studio)
@@ -160,7 +161,7 @@ def shoot(cfg: Any, plan: MorphPlan, studio: Studio) -> tuple[list[float], Tenso
     return positions, studio.render(positions)
 
 
-def probe(cfg: Any, plan: MorphPlan, studio: Studio) -> tuple[list[float], list[float]]:
+def probe(cfg: MorphConfig, plan: MorphPlan, studio: Studio) -> tuple[list[float], list[float]]:
     """Positions that were looked at, in few steps, and the distances between them."""
     stride = probe_stride(cfg)
     first, *later = probe_rounds(cfg)
@@ -179,7 +180,7 @@ def probe(cfg: Any, plan: MorphPlan, studio: Studio) -> tuple[list[float], list[
     return known, studio.steps(features)
 
 
-def _even(cfg: Any, plan: MorphPlan, known: list[float], steps: list[float]) -> list[float]:
+def _even(cfg: MorphConfig, plan: MorphPlan, known: list[float], steps: list[float]) -> list[float]:
     """Even speed over the whole film, which still passes every picture; without the last position."""
     cut = [known.index(float(k)) for k in range(plan.segments + 1)]
     parts = [slice(a, b) for a, b in zip(cut[:-1], cut[1:], strict=True)]
@@ -193,7 +194,7 @@ def _even(cfg: Any, plan: MorphPlan, known: list[float], steps: list[float]) -> 
     ]
 
 
-def _select(cfg: Any, plan: MorphPlan, studio: Studio) -> tuple[list[float], Tensor]:
+def _select(cfg: MorphConfig, plan: MorphPlan, studio: Studio) -> tuple[list[float], Tensor]:
     """Render twice as many frames as are wanted, and choose in each segment those that follow evenly."""
     dense = 2 * (cfg.frames - 1)
     positions = [k + i / dense for k in range(plan.segments) for i in range(dense)] + [float(plan.segments)]
@@ -214,10 +215,6 @@ def _select(cfg: Any, plan: MorphPlan, studio: Studio) -> tuple[list[float], Ten
 # ---- files ----
 
 
-def frame_paths(folder: Path, count: int) -> list[Path]:
-    return [folder / f"{index:04d}.png" for index in range(count)]
-
-
 def develop(studio: Studio, latents: Tensor, folder: Path) -> None:
     """Decode frames into folder/0000.png …; those that are there already are kept as they are."""
     make_folder(folder)
@@ -227,8 +224,3 @@ def develop(studio: Studio, latents: Tensor, folder: Path) -> None:
             save_png(decode_picture(studio.base, latents[index]), paths[index])
         studio.step(0)
     studio.team.wait_for_everyone()
-
-
-def open_frame(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

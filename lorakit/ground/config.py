@@ -1,25 +1,20 @@
 """Config files in JSON and `key=value` settings, checked in full before a script imports torch.
 
-A script declares `class Train(Config)`, one documented field per key, and calls `parse_command`. One
-ConfigError lists every fault of the file and of the command line:
+A script declares `class Train(Config)`, one documented field per key, and parses its command line by it
+(command.py). One ConfigError lists every fault of the file and of the settings:
 
     cfg/mountain.json:12:5: learning_rat: unknown key; did you mean learning_rate?
 
 A relative path in a config stays as written: it starts at the working directory, not at the config's folder.
 """
 
-import argparse
 import contextlib
 import difflib
 import json
 import math
-import operator
-import os
 import re
-import shutil
 import sys
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -103,16 +98,6 @@ class Loaded(Generic[C]):
     origins: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Command(Generic[C]):
-    """A parsed command line; `path` is None where no file was read, `flags` are names without dashes."""
-
-    config: C
-    path: str | None
-    origins: dict[str, str]
-    flags: frozenset[str]
-
-
 def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> Loaded[C]:
     """Read a config file, apply settings, validate.
 
@@ -133,7 +118,7 @@ def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] 
     config = check.validated()
     if config is None or check.faults:
         raise ConfigError(check.report())
-    return Loaded(config, {name: check.origin(tuple(name.split("."))) for name in _leaves(cls)})
+    return Loaded(config, {name: check.origin(tuple(name.split("."))) for name in leaves(cls)})
 
 
 def schema(cls: type[Config]) -> dict[str, Any]:
@@ -143,51 +128,6 @@ def schema(cls: type[Config]) -> dict[str, Any]:
     own = {"type": "string", "description": "path of this schema, for editors"}
     tree["properties"] = {"$schema": own, **tree.get("properties", {})}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
-
-
-def parse_command(
-    cls: type[C],
-    argv: Sequence[str],
-    *,
-    prog: str,
-    description: str,
-    flags: Mapping[str, str] = {},
-    default_config: str | None = None,
-    epilog: str = "",
-) -> Command[C]:
-    """Parse `SCRIPT [CONFIG.json] [key=value ...] [--flag ...]`.
-
-    --help, --schema and --print-config print and exit with status 0; --print-config writes the config to
-    stdout, as a file to reuse, and the origin of each value to stderr. --check is for the script to act upon.
-
-    Args:
-        argv: without the name of the script.
-        flags: name without dashes -> help, of the script's own flags.
-        default_config: read if no file is named; None starts from the defaults.
-    Raises:
-        ConfigError: as load_config.
-        SystemExit: status 2, usage on stderr, for an unknown flag or a second file.
-    """
-    parser = _parser(cls, prog, description, flags, epilog)
-    known, unknown = parser.parse_known_intermixed_args(list(argv))
-    if unknown:
-        parser.error(_unknown_flag(cls, unknown[0], [*flags, "help", "check", "print-config", "schema"]))
-    files = [text for text in known.settings if "=" not in text or os.path.isfile(text)]
-    if bare := [text for text in files if text in _leaves(cls) and not os.path.exists(text)]:
-        parser.error(f"{bare[0]} is a key; write {bare[0]}=VALUE")
-    if len(files) > 1:
-        parser.error(f"{len(files)} config files, {' and '.join(files)}; settings are written key=value")
-    if known.schema:
-        print(json.dumps(schema(cls), indent=2))
-        parser.exit()
-    path = files[0] if files else default_config
-    loaded = load_config(cls, path, [text for text in known.settings if text not in files])
-    if known.print_config:
-        print(json.dumps(loaded.config.model_dump(mode="json"), indent=2))
-        print(_origin_table(loaded), file=sys.stderr)
-        parser.exit()
-    chosen = frozenset(name for name in (*flags, "check") if getattr(known, name.replace("-", "_")))
-    return Command(loaded.config, path, loaded.origins, chosen)
 
 
 _FILE, _SETTING = -1, sys.maxsize  # stand for an offset, in the order of the report
@@ -215,7 +155,7 @@ class _Check(Generic[C]):
             value, twice = text.data, next(iter(text.duplicates), None)
         info = self.cls.model_fields.get(parts[0])
         if len(parts) > 1 and info and parts[0] not in self.text.data and not info.is_required():
-            self.text.data[parts[0]] = _default(info)
+            self.text.data[parts[0]] = default_of(info)
         key: Key = tuple(int(part) if re.fullmatch("[0-9]{1,6}", part) else part for part in parts)
         key, fault = assign(self.text.data, key, value)
         self.settings[key] = raw
@@ -306,8 +246,8 @@ class _Check(Generic[C]):
 
 def _suggestion(cls: type[Config], tree: dict[str, Any], key: Key) -> str:
     """Which key an unknown one stands for."""
-    leaves = list(_leaves(cls))
-    for leaf in leaves:
+    known = list(leaves(cls))
+    for leaf in known:
         group, _, last = leaf.rpartition(".")
         if last == key[-1]:
             return f"it belongs under {group}" if group else "it belongs at the top level"
@@ -316,85 +256,22 @@ def _suggestion(cls: type[Config], tree: dict[str, Any], key: Key) -> str:
     around = schema_options(schema_at(tree, key[:-1]))
     siblings = [near for option in around for near in option.get("properties", {}) if near != "$schema"]
     near = [alias] if alias in siblings else difflib.get_close_matches(name, siblings, 1)
-    near = near or ([alias] if alias in leaves else difflib.get_close_matches(dotted(key).lower(), leaves, 1))
+    near = near or ([alias] if alias in known else difflib.get_close_matches(dotted(key).lower(), known, 1))
     return f"did you mean {near[0]}?" if near else "--help lists all keys"
 
 
-def _parser(
-    cls: type[Config], prog: str, description: str, flags: Mapping[str, str], epilog: str
-) -> argparse.ArgumentParser:
-    width = max(shutil.get_terminal_size().columns - 2, 40)
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage="%(prog)s [CONFIG.json] [key=value ...] [options]",
-        description=_wrapped(description, width),
-        epilog="\n\n".join([_key_help(cls, width), _wrapped(epilog, width)]).rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
-    own = {
-        "check": "check the config and the files it names, then stop",
-        "print-config": "print the resolved config (stdout) and where each value is from (stderr), then stop",
-        "schema": "print the JSON schema of the config, then stop",
-    }
-    for name, text in {**flags, **own}.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text.replace("%", "%%"))
-    return parser
-
-
-def _unknown_flag(cls: type[Config], flag: str, flags: Sequence[str]) -> str:
-    name, equals, value = flag.lstrip("-").partition("=")
-    key = name.replace("-", "_")
-    key = key if key in _leaves(cls) else cls.aliases.get(key)
-    if key in _leaves(cls):
-        return f"unknown option {flag}; keys take no dashes: write {key}={value if equals else 'VALUE'}"
-    near = difflib.get_close_matches(name, flags, 1)
-    return f"unknown option {flag}; " + (f"did you mean --{near[0]}?" if near else "--help lists all options")
-
-
-def _key_help(cls: type[Config], width: int) -> str:
-    """Every key with its default, its description and what it takes."""
-    tree = schema(cls)
-    head = "keys of the config, also set as key=value; paths start at the working directory:"
-    lines = [_wrapped(head, width)]
-    for name, info in _leaves(cls).items():
-        if name in cls.headings:
-            lines += ["", f"{cls.headings[name]}:"]
-        default = "(required)" if info.is_required() else f"= {show(_default(info), width)}"
-        words = schema_words(schema_at(tree, tuple(name.split("."))))
-        about = f"{info.description or ''} [{words}]".strip()
-        lines += [f"  {name} {default}", _wrapped(f"      {about}", width)]
-    return "\n".join(lines)
-
-
-def _origin_table(loaded: Loaded[Any]) -> str:
-    config, origins = loaded.config, loaded.origins
-    values = {name: show(to_jsonable_python(operator.attrgetter(name)(config))) for name in origins}
-    wide, high = max(map(len, values), default=0), max(map(len, values.values()), default=0)
-    return "\n".join(f"{name:{wide}}  {values[name]:{high}}  {origins[name]}" for name in origins)
-
-
-def _wrapped(text: str, width: int) -> str:
-    """Lines longer than `width` wrapped under their own indent; a shorter one, such as a command, stays."""
-    lines = []
-    for line in text.strip("\n").splitlines():
-        indent = " " * (len(line) - len(line.lstrip()))
-        lines.append(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False))
-    return "\n".join(lines)
-
-
-def _leaves(cls: type[Config], prefix: str = "") -> dict[str, FieldInfo]:
+def leaves(cls: type[Config], prefix: str = "") -> dict[str, FieldInfo]:
     """Dotted key -> field, with the keys of a group in its place."""
     found: dict[str, FieldInfo] = {}
     for name, info in cls.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, Config):
-            found |= _leaves(kind, f"{prefix}{name}.")
+            found |= leaves(kind, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = info
     return found
 
 
-def _default(info: FieldInfo) -> Any:
+def default_of(info: FieldInfo) -> Any:
+    """The default of a field, as JSON types."""
     return to_jsonable_python(info.get_default(call_default_factory=True, validated_data={}))

@@ -1,18 +1,27 @@
-"""Files that are seen whole or not at all, as they are written aside, synced and renamed into place."""
+"""Files that are seen whole or not at all, as they are written aside, synced and renamed into place.
+
+What a killed process left aside in a folder that nobody owns is cleared by the next one that writes there.
+"""
 
 import contextlib
 import errno
+import functools
+import hashlib
 import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lorakit.ground.errors import OutputError
 
-OWN_NAME = re.compile(r"\.(tmp|del|old)-([0-9]{8,})-[0-9]+-[0-9a-f]{32}(\..*)?", re.DOTALL)  # see own_name
+# See own_name: kind, step, process, its mark.
+OWN_NAME = re.compile(r"\.(tmp|del|old)-([0-9]{8,})-([0-9]+)-([0-9a-f]{12})[0-9a-f]{20}(\..*)?", re.DOTALL)
+LITTER_AGE = 7 * 24 * 3600
+"""Seconds without a change after which what a process out of sight was writing is taken for litter."""
 
 REMEDIES = {
     errno.ENOSPC: "free some space or write elsewhere",
@@ -61,7 +70,44 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
 
 def own_name(kind: str, step: int = 0, suffix: str = "") -> str:
     """A name nobody else has, by which what a kill left behind is known as ours: kind is tmp, del or old."""
-    return f".{kind}-{step:08d}-{os.getpid()}-{uuid.uuid4().hex}{suffix}"
+    return f".{kind}-{step:08d}-{os.getpid()}-{_mark()}{uuid.uuid4().hex[:20]}{suffix}"
+
+
+@functools.cache
+def _mark() -> str:
+    """Twelve hex digits that processes share if each can tell by its number whether another one lives."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespace = os.readlink("/proc/self/ns/pid")  # containers count their processes by themselves
+    except OSError:
+        return uuid.uuid4().hex[:12]  # not Linux
+    return hashlib.sha256(f"{boot} {namespace} {os.uname().nodename}".encode()).hexdigest()[:12]
+
+
+def _is_litter(path: Path) -> bool:
+    """Whether this is a file or folder of ours whose writer is dead; one out of sight is after LITTER_AGE."""
+    name = OWN_NAME.fullmatch(path.name)
+    if not name or name[1] == "old":  # what is being replaced, and may be all that there is
+        return False
+    try:
+        if name[4] != _mark():
+            return time.time() - path.lstat().st_mtime > LITTER_AGE
+        if int(name[3]) != os.getpid():
+            os.kill(int(name[3]), 0)  # sends nothing: is there such a process?
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # it is gone by now, another user's writer lives, or no such number
+        pass
+    return False
+
+
+@functools.cache
+def clear_litter(folder: Path) -> None:
+    """Removes what dead writers left in a folder. A process looks once, for a cache has many files."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if _is_litter(path):
+                remove(path)
 
 
 def make_folder(folder: Path) -> None:
@@ -122,6 +168,7 @@ def publish_file(path: Path | str, data: bytes | Callable[[Path], None]) -> None
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
         if path.exists() and not path.is_file():  # a rename would replace the device or pipe itself
             raise OutputError(f"{path} is not a regular file: choose another name")
+        clear_litter(path.parent.absolute())
         try:
             if isinstance(data, bytes):
                 write_synced(temp, data)
@@ -139,7 +186,7 @@ def publish_file(path: Path | str, data: bytes | Callable[[Path], None]) -> None
 
 
 def check_writable(folder: Path | str, needed_bytes: int = 0) -> None:
-    """Makes the folder and proves, before any slow work, that a file can be published in it.
+    """Makes the folder, clears it of litter and proves, before slow work, that a file can be published there.
 
     Raises:
         OutputError: it cannot, or less than needed_bytes is free.
@@ -149,6 +196,7 @@ def check_writable(folder: Path | str, needed_bytes: int = 0) -> None:
     try:
         with explained(folder):
             make_folder(folder)
+            clear_litter(folder.absolute())
             try:
                 write_synced(probe, b"probe")
                 os.rename(probe, moved)

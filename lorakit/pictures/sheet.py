@@ -44,12 +44,9 @@ def contact_sheet(
     head = [_text_tile(text, font, width) for text, width in zip(("", *column_labels), widths, strict=False)]
     table: list[_TableRow] = [(1.0, gap // 3, head)]
     for row, label, texts in zip_longest(grid, labels, captions[: len(grid)]):
-        height = max((image.height for image in row if image), default=cell // 2)
-        blanks = [Image.new("RGB", (width, height), "#f4f4f4") for width in widths[1:]]
-        tiles = [image or blank for image, blank in zip(row, blanks, strict=False)]
         under = zip(("", *(texts or ())), widths, strict=False)
         under = [_text_tile(text, font, width, "#606060") for text, width in under]
-        table.append((0.5, gap // 3 if any(under) else gap, [label, *tiles]))
+        table.append((0.5, gap // 3 if any(under) else gap, [label, *_tiles(row, widths[1:], cell)]))
         table.append((0.0, gap, under))
 
     table = [row for row in table if any(row[2])]
@@ -59,6 +56,13 @@ def contact_sheet(
     if heading:
         sheet.paste(heading, (gap, gap))
     return sheet
+
+
+def _tiles(row: Sequence[Image.Image | None], widths: Sequence[int], cell: int) -> list[Image.Image]:
+    """The pictures of a row, with pale cells of its height where there is none."""
+    height = max((image.height for image in row if image), default=cell // 2)
+    blanks = [Image.new("RGB", (width, height), "#f4f4f4") for width in widths]
+    return [image or blank for image, blank in zip(row, blanks, strict=False)]
 
 
 def film_strip(

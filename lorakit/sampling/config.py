@@ -1,31 +1,25 @@
-"""What generate.py and style_transfer.py know before torch is imported: LoRAs, samplers, grids, and PNGs that
-tell how they were made.
-"""
+"""The keys that generate.py and style_transfer.py share: LoRAs, sizes, samplers and grids. No torch here."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 
 from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
 from lorakit.weights.base import BaseInfo
+from lorakit.weights.base_settings import ClipSkip, PredictionType, check_clip_skip, clip_skip_notes
 from lorakit.weights.tensors import read_header
 
 SchedulerName = Literal["ddim", "dpm++", "euler", "euler_a", "heun", "unipc", "pndm", "lcm"]
-CONFIG_CHUNK = "lorakit.config"
-"""The PNG text chunk, and the key of a LoRA's metadata, that hold a config as JSON."""
 HINTS_KEY = "lorakit.sampling"
 """The key of a LoRA's metadata that holds the sampler it was trained for, as JSON."""
 HINTED = ("scheduler", "num_inference_steps", "guidance_scale")
 FALLBACK: dict[str, Any] = {"scheduler": "ddim", "num_inference_steps": 25, "guidance_scale": 7.5}
 LCM_STEPS = 50
 """Steps of the sampler that latent consistency models are distilled from, and so the most they can take."""
-WHERE = ("output_dir", "name", "overwrite")
-"""Keys that say where pictures go, and so nothing about how they are made."""
 LORA_AXES = ("weight", "lora", "rank")
 """Axes of a grid that are no keys: the weight or rank of every LoRA, and the file of the first."""
 
@@ -53,6 +47,8 @@ class SamplingConfig(Config):
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="dtype of U-Net and text encoder; auto: fp16 on a CUDA GPU, float32 elsewhere. The VAE is float32")
+    prediction_type: PredictionType = None
+    clip_skip: ClipSkip = None
     loras: tuple[LoraEntry, ...] = Field((), description="LoRAs, whose updates add up")
 
     width: int | None = Field(None, ge=8, description="pixels; null: the base's own resolution, near the aspect of a picture that is restyled")
@@ -147,6 +143,7 @@ class SamplingConfig(Config):
                     notes.append(f"{key} {value}, as {lora.path} asks for")
                 elif (value_here := getattr(self, key) or hints.get(key)) != value:
                     notes.append(f"{key} {value_here}, although {lora.path} asks for {value}")
+        notes += clip_skip_notes(self.clip_skip, [lora.path for lora in self.loras if lora.weight])
         unset = {key: value for key, value in (FALLBACK | hints).items() if getattr(self, key) is None}
         cfg = self.model_copy(update=unset)
         if cfg.scheduler == "lcm" and cfg.sampler()[1] > LCM_STEPS:
@@ -188,76 +185,14 @@ def read_hints(path: str) -> dict[str, Any]:
 
 
 def check_size(cfg: SamplingConfig, info: BaseInfo) -> None:
-    """Refuse a size that the base cannot make.
+    """Refuse a size that the base cannot make, and a layer that it has not.
 
     Raises:
-        UserError: a side that does not divide.
+        UserError: a side that does not divide; clip_skip.
     """
+    check_clip_skip(info, cfg.clip_skip)
     for key, side in (("width", cfg.width), ("height", cfg.height)):
         if side is not None and side % info.size_multiple:
             low = side // info.size_multiple * info.size_multiple
             near = " or ".join(str(each) for each in (low, low + info.size_multiple) if each)
             raise UserError(f"{key} {side}: must divide by {info.size_multiple} for this base; take {near}")
-
-
-def repeated(cls: type[SamplingConfig], argv: Sequence[str]) -> tuple[list[str], bool]:
-    """`--from PICTURE.png` replaced by the settings that made it; whether there was one.
-
-    Settings on the command line come after them, and so count. The picture does not say where to write: the
-    name of the new folder is made of the picture's folder and its number.
-
-    Raises:
-        UserError: the picture holds no config, or that of another script, or --from names none.
-    """
-    rest, settings = list(argv), []
-    while named := [i for i, text in enumerate(rest) if text.split("=")[0] == "--from"]:
-        word = rest.pop(found := named[0])
-        if "=" in word:
-            path = word.partition("=")[2]
-        elif found < len(rest):
-            path = rest.pop(found)
-        else:
-            raise UserError("--from: name a PNG that this script has made")
-        name = "_".join(part for part in (Path(path).parent.name, Path(path).stem) if part)
-        config = {key: value for key, value in read_config(path).items() if key not in WHERE} | {"name": name}
-        if foreign := sorted(config.keys() - cls.model_fields.keys()):
-            raise UserError(f"{path}: was made by another script, for it has {', '.join(foreign)}; use that one")
-        settings += [f"{key}={json.dumps(value)}" for key, value in config.items()]
-    return [*settings, *rest], bool(settings)
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The config that a PNG was made with.
-
-    Raises:
-        UserError: no picture, or none of ours.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = getattr(image, "text", {}).get(CONFIG_CHUNK)
-        config = None if text is None else json.loads(text)
-    except Exception as error:  # a decoder raises anything on broken bytes
-        reason = getattr(error, "strerror", None) or "not a whole PNG"
-        raise UserError(f"{path}: {reason}; --from takes a PNG that this toolkit has made") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: does not tell how it was made; only PNGs of this toolkit do, unedited")
-    return config
-
-
-def png_text(cfg: SamplingConfig, prompt: str, seed: int, size: tuple[int, int]) -> dict[str, str]:
-    """Text chunks of a picture: our config, and the line that A1111 and its kin read.
-
-    Args:
-        cfg: makes this picture and no other.
-        size: width and height.
-    """
-    negative = f"\nNegative prompt: {cfg.negative_prompt}" if cfg.negative_prompt else ""
-    loras = "".join(f" <lora:{Path(lora.path).stem}:{lora.weight:g}>" for lora in cfg.loras)
-    line = (
-        f"Steps: {cfg.num_inference_steps}, Sampler: {cfg.scheduler}, CFG scale: {cfg.guidance_scale:g}, "
-        f"Seed: {seed}, Size: {size[0]}x{size[1]}, Model: {Path(cfg.pretrained_model_name_or_path).name}"
-    )
-    return {
-        CONFIG_CHUNK: json.dumps(cfg.model_dump(mode="json", exclude=set(WHERE)), ensure_ascii=False),
-        "parameters": f"{prompt}{loras}{negative}\n{line}",
-    }

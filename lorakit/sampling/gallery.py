@@ -2,18 +2,20 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from lorakit.ground.command import Command
 from lorakit.ground.errors import UserError
 from lorakit.ground.publish import check_writable, publish_file, remove
 from lorakit.pictures.images import save_png
 from lorakit.pictures.sheet import contact_sheet
-from lorakit.sampling.config import SamplingConfig, png_text
+from lorakit.sampling.config import SamplingConfig
+from lorakit.sampling.recipe import png_text
 
 NUMBERED = re.compile(r"\d{4,}\.png|(sheet|edges)(_\d+)?\.png|report\.json|\.[0-9a-f]{16}\.tmp")
 
@@ -35,6 +37,34 @@ def claim_folder(cfg: SamplingConfig) -> Path:
     if not cfg.overwrite and any(path.suffix != ".tmp" for path in earlier_files(folder)):
         raise UserError(f"{folder} holds an earlier run: set overwrite=true, or another name=…")
     return folder
+
+
+def fill_folder(
+    command: Command[Any],
+    make: Callable[[Path], Sequence[Path]],
+    *,
+    what: str,
+    notes: Iterable[str],
+    files: str,
+) -> int:
+    """Say what is to be made and, but for `--check`, make it in the folder of the run; returns the exit code.
+
+    Args:
+        make: fills the folder and returns the paths of its sheets.
+        what: the pictures in words; `notes` what a user should know of them before, each said once.
+        files: what was written, in words.
+
+    Raises:
+        UserError, OutputError: as `claim_folder`.
+    """
+    print(f"pictures    {what}", flush=True)
+    print("".join(f"note        {note}\n" for note in dict.fromkeys(notes)), end="", flush=True)
+    if "check" in command.flags:
+        return 0
+    folder = claim_folder(command.config)
+    sheets = make(folder)
+    print(f"wrote       {folder}: {files}; look at {sheets[0]}")
+    return 0
 
 
 @dataclass(frozen=True)

@@ -80,21 +80,31 @@ def fill(
                     bar.write(f"note        {note}")
                     said.add(note)
             for batch in batches(rows, cfg.batch_size, shape):
-
-                def work(
-                    part: slice, batch=batch, texts: Sequence[str] = texts, cell=cell
-                ) -> list[Image.Image]:
-                    subjects, seeds = zip(*batch[part], strict=True)
-                    own = [str(texts[subject]) for subject in subjects]
-                    embeds = encode_prompts(base, [*own, cell.negative_prompt])  # (B + 1, L, D)
-                    scheduler = make_scheduler(base, cell.sampler()[0])
-                    return render(Batch(cell, subjects, seeds, embeds[:-1], embeds[-1:], scheduler))
-
                 begun = time.perf_counter()
-                images = [image for part in chunks.parts(len(batch), work) for image in part]
+                images = _pictures(base, cell, texts, batch, chunks, render)
                 seconds = round((time.perf_counter() - begun) / len(batch), 4)
                 for (subject, seed), image in zip(batch, images, strict=True):
                     own = {"seconds": seconds} | facts(cell, subject, image)
                     single = alone(cell, subject, seed)
                     gallery.add(Picture(image, subject, seed, at, single, texts[subject], own))
                 bar.update(len(batch))
+
+
+def _pictures(
+    base: Base,
+    cell: Any,
+    texts: Sequence[str],
+    rows: Sequence[Row],
+    chunks: Chunks,
+    render: Callable[[Batch], list[Image.Image]],
+) -> list[Image.Image]:
+    """The pictures of these rows in one pass, or in several where memory runs out."""
+
+    def part_of(part: slice) -> list[Image.Image]:
+        subjects, seeds = zip(*rows[part], strict=True)
+        own = [str(texts[subject]) for subject in subjects]
+        embeds = encode_prompts(base, [*own, cell.negative_prompt])  # (B + 1, L, D)
+        scheduler = make_scheduler(base, cell.sampler()[0])
+        return render(Batch(cell, subjects, seeds, embeds[:-1], embeds[-1:], scheduler))
+
+    return [image for part in chunks.parts(len(rows), part_of) for image in part]

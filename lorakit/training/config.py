@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from lorakit.ground.config import Config
 from lorakit.training.objective_config import ObjectiveName, check_objectives
+from lorakit.weights.base_settings import ClipSkip, PredictionType
 
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -28,7 +29,8 @@ class TrainConfig(Config):
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="compute dtype of the frozen base; auto: fp16 or bf16 if the launcher says so, else bf16 (or fp16) on a CUDA GPU and float32 elsewhere. LoRA weights are float32 always")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(None, description="what the U-Net predicts; null: as the base's scheduler says")
+    prediction_type: PredictionType = None
+    clip_skip: ClipSkip = None
     enable_xformers_memory_efficient_attention: bool = Field(False, description="xformers attention where it runs, else torch SDPA and one line that says so")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third slower")
     allow_tf32: bool = Field(True, description="TF32 matrix products on NVIDIA GPUs")

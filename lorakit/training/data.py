@@ -1,9 +1,9 @@
 """From a checked table of pictures to training batches: latents and text states are made once and cached.
 
 Each picture is encoded once. What is kept is the mean and log-variance of the VAE's posterior, so that every
-step still draws a new latent from it. Cache entries are named by content (image bytes, transform, VAE
-weights), carry a checksum and are made again when they are bad. While a text encoder is not trained, its
-states are cached the same way, and it need not be loaded at all in a later run.
+step still draws a new latent from it. Cache entries are named by content (image bytes, transform, the VAE's
+weights and config), carry a checksum and are made again when they are bad. While a text encoder is not
+trained, its states are cached the same way, and it need not be loaded at all in a later run.
 """
 
 import hashlib
@@ -155,14 +155,14 @@ class Latents:
 def cache_text_states(
     prompts: Sequence[str], base: Base, cache_dir: Path, text_hash: str, device: torch.device | None = None
 ) -> dict[str, Tensor]:
-    """Last hidden states (L, D) of each distinct prompt, float32, on `device` (the base's, if None).
+    """Hidden states (L, D) of each distinct prompt, float32, on `device` (the base's, if None).
 
     Entries are named by token ids, so that another tokenizer never meets them.
     """
     states = {}
     for prompt in dict.fromkeys(prompts):
         ids = base.tokenize([prompt])
-        path = cache_dir / "text" / entry_name(ids[0].tolist(), text_hash, str(base.dtype))
+        path = cache_dir / "text" / entry_name(ids[0].tolist(), text_hash, str(base.dtype), base.clip_skip)
         state = read_entry(path)
         if state is None:
             state = base.text_encoder(ids)[0][0].float()

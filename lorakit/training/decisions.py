@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lorakit.ground.runs import checkpoints
+from lorakit.ground.checkpoints import checkpoints
 from lorakit.training.data import TrainingData
 from lorakit.training.plan import Plan
 from lorakit.training.setup import Learner

@@ -10,7 +10,9 @@ from typing import Any
 
 from lorakit.ground.publish import existing_parent
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
-from lorakit.weights.base import BaseInfo, weights_hash
+from lorakit.weights.base import BaseInfo
+from lorakit.weights.base_settings import text_layers
+from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
 from lorakit.weights.published import load_tokenizer
 
@@ -28,11 +30,12 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
     targets = {"unet": unet[chosen] if isinstance(chosen, str) else chosen}
     if cfg.train_text_encoder:
         targets["text_encoder"] = text[chosen if isinstance(chosen, str) else "attention"]
-    total = 0
+    total, layers = 0, text_layers(base, cfg.clip_skip)
     for part, names in targets.items():
         pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, names))})\.weight")
         for key, shape in base.shapes(part).items():
-            if pattern.fullmatch(key):
+            number = re.search(r"\blayers\.(\d+)\.", key)  # of the text encoder's alone
+            if pattern.fullmatch(key) and (number is None or int(number[1]) < layers):
                 out, *rest = shape
                 total += cfg.rank * (out + math.prod(rest)) + (out if cfg.use_dora else 0)
     return total
@@ -91,7 +94,7 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
         f"steps       {plan.steps} of {plan.total_batch} sample(s): {epochs:.4g} epochs; {elsewhere}"
     )
     if base.known:
-        vae_hash = weights_hash(base.files["vae"])
+        vae_hash = base_identity(base, "vae")
         views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
         hits = sum(view.entry(plan.cache_dir, vae_hash).exists() for view in views)
         lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}")

@@ -12,7 +12,8 @@ import torch
 
 from lorakit.diffusion.lora import active_adapters, train_only, unwrap
 from lorakit.ground.errors import OutputError, UserError
-from lorakit.weights.lora_file import LoraPair, read_lora
+from lorakit.weights.lora_file import LoraPair
+from lorakit.weights.lora_reader import read_lora
 
 _RELOADED = "reloaded"
 

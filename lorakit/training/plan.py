@@ -16,6 +16,7 @@ from lorakit.ground.publish import existing_parent
 from lorakit.pictures.folder import Table, read_folder, read_rows
 from lorakit.pictures.views import Shape, View, assign_shapes, views_of
 from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.base_settings import check_clip_skip
 
 LONGEST_NAME = 255  # bytes, on nearly every file system
 
@@ -48,7 +49,8 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         UserError: of one of the kinds DataError, BaseError, or for sizes that do not fit together.
     """
     _check_names(cfg)
-    base = base or inspect_base(cfg.pretrained_model_name_or_path)
+    base = base or inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    check_clip_skip(base, cfg.clip_skip)
     _check_targets(cfg, base)
     resolution = cfg.resolution or base.resolution
     if resolution % base.vae_factor:

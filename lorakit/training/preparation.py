@@ -21,7 +21,7 @@ from lorakit.training.data import (
 from lorakit.training.objective_config import prompts_of
 from lorakit.training.plan import Plan, Views, training_views, validation_views
 from lorakit.training.watch import SampleSheet
-from lorakit.weights.base import weights_hash
+from lorakit.weights.identity import base_identity
 
 
 def prepare(
@@ -68,7 +68,7 @@ def prepare(
 def _cached(
     cfg, plan, base, accelerator, between, table: Table, shapes, rows: Views, prompts
 ) -> TrainingData:
-    vae_hash, text_hash = (weights_hash(base.info.files[part]) for part in ("vae", "text_encoder"))
+    vae_hash, text_hash = (base_identity(base.info, part) for part in ("vae", "text_encoder"))
     views = [view for row in rows for view in row]
     share = views[accelerator.process_index :: accelerator.num_processes]
     missing = missing_views(share, plan.cache_dir, vae_hash)

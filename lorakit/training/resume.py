@@ -1,13 +1,17 @@
 """Whether a checkpoint belongs to the run that a config describes. No torch here."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.ground.checkpoints import find_resume
 from lorakit.ground.errors import UserError
-from lorakit.ground.runs import find_resume, set_aside_after
+from lorakit.ground.runs import set_aside_after
 from lorakit.training.config import APPLIED, FIXED
 from lorakit.training.plan import Plan
+from lorakit.weights.base import BaseInfo
+from lorakit.weights.identity import base_record, changes
 
 STATE_VERSION = 1
 
@@ -28,9 +32,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
-    """What a checkpoint keeps of config and data, to compare with when it is resumed."""
+    """What a checkpoint keeps of config, base and data, to compare with when it is resumed."""
     return {
         "config": cfg.model_dump(mode="json"),
+        "base": base_record(plan.base),
         "dataset": plan.table.fingerprint,
         "resolution": plan.resolution,
         "total_batch": plan.total_batch,
@@ -62,12 +67,28 @@ def find_start(cfg: Any, plan: Plan, run: Path, *, owner: bool) -> tuple[Path | 
     return resume, notes
 
 
+def check_base(folder: Path, base: BaseInfo) -> None:
+    """Refuse a checkpoint of another base, wherever this one lies; one from before that was kept passes.
+
+    Raises:
+        UserError: names the part and what differs.
+    """
+    state = read_state(folder)
+    if lines := changes(state["base"], base_record(base)) if "base" in state else []:
+        raise _trained_otherwise(folder, lines)
+
+
+def _trained_otherwise(folder: Path, lines: Sequence[str]) -> UserError:
+    listed = "".join(f"\n  {line}" for line in lines)
+    return UserError(f"{folder} was trained otherwise:{listed}\nset these back, or start a new ckpt_name")
+
+
 def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
     """Refuse a checkpoint of another run; return what changed and is applied, one line each.
 
     Raises:
-        UserError: a key changed that would make another run of it, or the pictures or captions did, or the
-            checkpoint is past the last step.
+        UserError: a key changed that would make another run of it, or the base, the pictures or captions did,
+            or the checkpoint is past the last step.
     """
     state = read_state(folder)
     old, new = state["config"], cfg.model_dump(mode="json")
@@ -78,11 +99,9 @@ def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
     if plan.base.known and state["resolution"] != plan.resolution:
         lines.append(f"resolution: {state['resolution']} -> {plan.resolution}")
     if lines:
-        raise UserError(
-            f"{folder} was trained otherwise:\n  "
-            + "\n  ".join(lines)
-            + "\nset these back, or start a new ckpt_name"
-        )
+        raise _trained_otherwise(folder, lines)
+    if plan.base.known:
+        check_base(folder, plan.base)
     if state["dataset"] != plan.table.fingerprint and not cfg.allow_data_change:
         raise UserError(
             f"{folder}: pictures or captions changed since; put them back, start a new ckpt_name, or set "

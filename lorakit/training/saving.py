@@ -10,16 +10,17 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from lorakit.diffusion import lora
+from lorakit.ground.checkpoints import publish_checkpoint
 from lorakit.ground.errors import OutputError
 from lorakit.ground.publish import publish_file
-from lorakit.ground.runs import publish_checkpoint
 from lorakit.training.lora_check import verify_file, verify_in_diffusers
 from lorakit.training.plan import Plan, result_paths
 from lorakit.training.progress import Modules, Progress
 from lorakit.training.resume import STATE_VERSION, read_state
 from lorakit.training.setup import Learner
-from lorakit.weights.lora_file import component_of, lora_bytes, read_lora
+from lorakit.weights.lora_file import component_of, lora_bytes
 from lorakit.weights.lora_metadata import Component, training_metadata
+from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.optimizer_state import pack_optimizer, unpack_optimizer
 from lorakit.weights.tensors import serialize
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorakit.ground.checkpoints import verify_checkpoint
 from lorakit.ground.errors import DivergedError, StoppedError
-from lorakit.ground.runs import verify_checkpoint
 from lorakit.training.plan import Plan
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lorakit.ground.errors import UserError
-from lorakit.weights.lora_file import LoraFile, LoraPair, kohya_name, lora_from_tensors, read_lora
+from lorakit.weights.lora_file import LoraFile, LoraPair, kohya_name
 from lorakit.weights.lora_metadata import Component
+from lorakit.weights.lora_reader import lora_from_tensors, read_lora
 from lorakit.weights.mixing import Factors, Mixed, measured, packed, truncate
 from lorakit.weights.tensors import read_header, read_tensors
 

@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from lorakit.ground.errors import UserError
+
 Component = Literal["unet", "text_encoder"]
 
 _ADAPTER_KEY = "lora_adapter_metadata"
@@ -143,15 +145,11 @@ def training_metadata(
         resolution: pixels.
     """
     is_v2, is_v = cross_attention_dim == 1024, prediction_type == "v_prediction"
-    size = f"{resolution}x{resolution}"
-    family = (
-        ("stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512")
-        if is_v2
-        else "stable-diffusion-v1"
-    )
+    family = ("v2-768-v" if is_v else "v2-512") if is_v2 else "v1"
     kept = {key: _without_folders(value) for key, value in config.items() if key not in _RUN_KEYS}
     ss_from_config = {ss: str(kept[key]) for ss, key in _SS_FROM_CONFIG.items() if kept.get(key) is not None}
     return ss_from_config | {
+        "ss_clip_skip": str(kept.get("clip_skip") or 1),
         "ss_output_name": name,
         "ss_v2": str(is_v2),
         "ss_base_model_version": ("sd_v2" if is_v2 else "sd_v1") + ("_v" if is_v else ""),
@@ -166,10 +164,10 @@ def training_metadata(
         "ss_epoch": str(epochs),
         "ss_num_train_images": str(num_images),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{family}/lora",
+        "modelspec.architecture": f"stable-diffusion-{family}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
-        "modelspec.resolution": size,
+        "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": "v" if is_v else prediction_type,
         "lorakit.config": json.dumps(kept, sort_keys=True, ensure_ascii=False),
     }
@@ -184,12 +182,29 @@ def trained_objectives(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(map(str, objective if isinstance(objective, list) else [objective]))
 
 
+def training_config_text(path: str, metadata: Mapping[str, str]) -> str:
+    """The config of the training that made a file, as the text of a config file.
+
+    Raises:
+        UserError: the file holds none, or one that cannot be read.
+    """
+    if "lorakit.config" not in metadata:
+        raise UserError(
+            f"{path}: holds no training config; only files that train_lora.py wrote do, mixes do not"
+        )
+    try:
+        return json.dumps(json.loads(metadata["lorakit.config"]), indent=2, ensure_ascii=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"{path}: its training config is no JSON ({error})") from error
+
+
 # ---- files made of files ----
 
 _OF_THE_BASE = (
     "ss_v2",
     "ss_base_model_version",
     "ss_sd_model_name",
+    "ss_clip_skip",
     "modelspec.architecture",
     "modelspec.prediction_type",
 )

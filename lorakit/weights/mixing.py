@@ -239,10 +239,7 @@ def mix(
     check_same_base(sources)
     if rank is None and energy is None:
         rank = max(pair.rank for _, modules, _ in sources for pair in modules.values())
-    names = sorted({name for _, modules, _ in sources for name in modules})
-    terms = {
-        name: [(modules[name], weight) for _, modules, weight in sources if name in modules] for name in names
-    }
+    terms = _by_module(sources)
     dtype = dtype or widest([pair for own in terms.values() for pair, _ in own])
     together = max(sum(pair.rank for pair, _ in own) for own in terms.values())
     alpha = float(together if method == "exact" or rank is None else min(rank, together))
@@ -255,7 +252,15 @@ def mix(
         else:
             delta = _weighted_sum(own) if method == "exact" else truncate(_weighted_sum(own), rank, energy)
         modules[name] = packed(delta, own[0][0].down.shape[1:], alpha, dtype)
-    return Mixed(modules, {name: measured(modules[name], _weighted_sum(terms[name])) for name in names})
+    return Mixed(modules, {name: measured(modules[name], _weighted_sum(terms[name])) for name in terms})
+
+
+def _by_module(sources: Sequence[Source]) -> dict[str, list[tuple[LoraPair, float]]]:
+    """For each module, by name, what the sources have of it with their weights."""
+    names = sorted({name for _, modules, _ in sources for name in modules})
+    return {
+        name: [(modules[name], weight) for _, modules, weight in sources if name in modules] for name in names
+    }
 
 
 def _weighted_sum(terms: Sequence[tuple[LoraPair, float]]) -> Factors:

@@ -17,7 +17,8 @@ from lorakit.diffusion.lora import (
     unwrap,
 )
 from lorakit.ground.errors import UserError
-from lorakit.weights.lora_file import TARGET_PRESETS, LoraFile, LoraPair, kohya_name, lora_bytes, read_lora
+from lorakit.weights.lora_file import TARGET_PRESETS, LoraFile, LoraPair, kohya_name, lora_bytes
+from lorakit.weights.lora_reader import read_lora
 
 PRESETS = ["attention", "attention+ff", "all"]
 

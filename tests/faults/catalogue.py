@@ -179,7 +179,7 @@ ROWS = (
             f"{TRAIN}a_run_that_diverges_keeps_the_last_checkpoint_and_names_the_step",
             f"{USER}a_gradient_that_is_infinite_under_a_finite_loss",
             f"{USER}a_picture_that_encodes_to_nan_is_named",
-            "test_training.py::test_eleven_overflows_in_a_row_end_an_fp16_run_and_one_does_not",
+            "test_setup.py::test_eleven_overflows_in_a_row_end_an_fp16_run_and_one_does_not",
             f"{LORA_FILE}numbers_that_are_not_finite_are_never_written",
         ),
     ),
@@ -347,7 +347,7 @@ ROWS = (
         (
             f"{DATA}taken",
             f"{DATA}d17_every_picture_is_shown_when_the_batch_is_larger_than_the_data",
-            f"{DATA}d17_a_hundred_thousand_lines_are_refused_in_seconds_and_in_a_screenful",
+            f"{DATA}d17_a_hundred_thousand_lines_are_refused_in_linear_time_and_in_a_screenful",
             "test_data.py::test_fewer_pictures_than_the_batch_still_fill_it",
         ),
     ),

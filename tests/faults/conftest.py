@@ -3,22 +3,14 @@
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Result, Server
+from harness import ROOT, Result
 from small import settings_of
 
 from lorakit.ground.process import run_guarded
-
-
-@pytest.fixture(scope="session")
-def command() -> Iterator[Server]:
-    """Runs `SCRIPT ARGUMENTS` as a process of its own: `command("train_lora", [...])`."""
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -137,8 +129,8 @@ def a_run(tmp_path: Path) -> Callable[..., Path]:
 
     The state is that of the given command line; tensors are stand-ins, which nothing reads before torch is.
     """
+    from lorakit.ground.checkpoints import publish_checkpoint
     from lorakit.ground.config import load_config
-    from lorakit.ground.runs import publish_checkpoint
     from lorakit.training.config import TrainConfig
     from lorakit.training.plan import make_plan
     from lorakit.training.resume import STATE_VERSION, run_record

@@ -189,7 +189,7 @@ def test_refused(command, train, data, tmp_path, case):
     result = command("train_lora", train())
     assert_refused(result, 2, str(data), *words)
     assert "\n  -> " in result.err  # the remedy
-    assert not result.torch and result.seconds < 2 and snapshot(tmp_path) == before
+    assert not result.torch and result.blinks < 20 and snapshot(tmp_path) == before
 
 
 def sub_folders(folder: Path) -> None:
@@ -274,11 +274,13 @@ def test_d16_a_caption_that_was_edited_under_the_same_size_and_time_is_seen(comm
     assert_refused(command("train_lora", wanted), 2, "is at step 6, past the 3 steps")
 
 
-def test_d17_a_hundred_thousand_lines_are_refused_in_seconds_and_in_a_screenful(command, train, data):
+def test_d17_a_hundred_thousand_lines_are_refused_in_linear_time_and_in_a_screenful(command, train, data):
+    lines(*(line(file_name=f"{k}.png", text="x") for k in range(10_000)))(data)
+    fewer = command("train_lora", train())
     lines(*(line(file_name=f"{k}.png", text="x") for k in range(100_000)))(data)
     result = command("train_lora", train())
     assert_refused(result, 2, "metadata.jsonl:5: no file '4.png'", "(and 99976 more)", "correct file_name")
-    assert len(result.err.splitlines()) < 30 and result.seconds < 10 and not result.torch
+    assert len(result.err.splitlines()) < 30 and result.seconds < 30 * fewer.seconds and not result.torch
 
 
 def test_d17_every_picture_is_shown_when_the_batch_is_larger_than_the_data(train, data):

@@ -111,7 +111,7 @@ def test_refused_from_the_header(readers, tmp_path, case):
     path.write_bytes(content)
     for result in readers(path):
         assert_refused(result, 2, str(path), *words)
-        assert not result.torch and result.seconds < 2
+        assert not result.torch and result.blinks < 20
     assert path.read_bytes() == content and not (tmp_path / "out").exists()
 
 
@@ -307,7 +307,7 @@ def test_a_broken_base(command, train, film, inversion, sampling, restyling, tmp
     damage(base)
     result = command(script, arguments)
     assert_refused(result, 2, str(base), *words)
-    assert not result.torch and result.seconds < 2 and not (tmp_path / "out").exists()
+    assert not result.torch and result.blinks < 20 and not (tmp_path / "out").exists()
 
 
 def test_a_merge_into_a_broken_base_leaves_what_was_there(here, tmp_path):

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import soak
 from harness import ROOT, assert_refused, litter, sha, snapshot
-from small import full_disk, settings_of
+from small import free_port, full_disk, settings_of, torchrun
 
+from lorakit.ground.checkpoints import checkpoints, verify_checkpoint
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import UserError
-from lorakit.ground.runs import checkpoints, lock_run, verify_checkpoint
+from lorakit.ground.runs import lock_run
 from lorakit.training.config import APPLIED, FIXED, FREE, TrainConfig
 from lorakit.training.plan import make_plan
 from lorakit.training.resume import check_resume
@@ -56,16 +57,14 @@ def started(
     return soak.fork(work)
 
 
-def code_of(pid: int, log: Path, seconds: float = 300) -> int:
-    """The exit code of a process; it is killed where it takes too long."""
-    deadline = time.monotonic() + seconds
-    while (code := soak.ended(pid)) is None:
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise AssertionError(f"hangs: {log.read_text()[-1000:]}")
-        time.sleep(0.01)
-    return code
+def code_of(pid: int, log: Path) -> int:
+    """The exit code of a process; one that hangs is killed when the test's own time is up."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except BaseException:
+        print(log.read_text()[-1000:])
+        os.kill(pid, signal.SIGKILL)
+        raise
 
 
 def signalled(module: str, name: str, *signums: int, call: int = 1) -> Callable[[], None]:
@@ -184,7 +183,7 @@ def test_l5_a_signal_to_the_morph_alone_ends_the_training_that_it_started(
         assert soak.ended(pid) is None, log.read_text()
         time.sleep(0.01)
     os.kill(pid, signum)
-    assert code_of(pid, log, 30) == code, log.read_text()
+    assert code_of(pid, log) == code, log.read_text()
     assert "the same command goes on" in log.read_text()
     with pytest.raises(ProcessLookupError):
         os.kill(int(begun.read_text()), 0)
@@ -194,7 +193,7 @@ def test_l5_a_training_that_a_signal_ended_before_its_handlers_stood_is_stopped_
     morph_settings, pictures, tmp_path
 ):
     stub, begun, log = tmp_path / "stub", tmp_path / "begun", tmp_path / "log.txt"
-    stub.write_text(f"#!/bin/sh\ntouch '{begun}'\nexec sleep 60\n")  # no handlers at all
+    stub.write_text(f"#!/bin/sh\ntouch '{begun}'\nexec sleep 9999\n")  # no handlers at all
     stub.chmod(0o755)
     (tmp_path / "fit.json").write_text('{"n_epochs": 1, "data_dir": "x"}')
     images = [{"path": str(pictures / f"{k}.png"), "lora": None} for k in range(2)]
@@ -205,7 +204,7 @@ def test_l5_a_training_that_a_signal_ended_before_its_handlers_stood_is_stopped_
         assert soak.ended(pid) is None, log.read_text()
         time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
-    assert code_of(pid, log, 30) == 143 and "training failed" not in log.read_text()
+    assert code_of(pid, log) == 143 and "training failed" not in log.read_text()
 
 
 # ---- L3: processes that train together ----
@@ -221,14 +220,6 @@ def ranks(settings: Callable[..., list[str]], log: Path, port: int, **changes: o
     ]
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_l3_a_rank_that_dies_ends_the_others_and_both_resume_to_the_same_bytes(trained, settings, tmp_path):
     trained(max_train_steps=1, output_dir=str(tmp_path / "warm"))  # fills the cache, and imports everything
     options = {"max_train_steps": 60, "checkpointing_steps": 5, "validation_steps": 0, "logging_steps": 1}
@@ -241,7 +232,7 @@ def test_l3_a_rank_that_dies_ends_the_others_and_both_resume_to_the_same_bytes(t
         time.sleep(0.005)
     os.kill(second, signal.SIGKILL)
     assert code_of(second, log) == -signal.SIGKILL
-    assert code_of(first, log, 30) not in (0, -signal.SIGKILL)
+    assert code_of(first, log) not in (0, -signal.SIGKILL)
     newest, folder = checkpoints(run)[-1]
     assert newest < 60 and verify_checkpoint(folder)
     resumed = ranks(settings, log, free_port(), **options, resume_from_checkpoint="latest")
@@ -262,7 +253,7 @@ def test_l3_a_signal_to_one_rank_stops_both_at_the_same_step(settings, tmp_path)
         assert soak.ended(pids[0]) is None, log.read_text()
         time.sleep(0.005)
     os.kill(pids[1], signal.SIGTERM)
-    assert [code_of(pid, log, 30) for pid in pids] == [143, 143], log.read_text()
+    assert [code_of(pid, log) for pid in pids] == [143, 143], log.read_text()
     [(step, folder)] = checkpoints(tmp_path / "ckpt/run")
     assert 3 <= step < 4000 and verify_checkpoint(folder)
 
@@ -270,20 +261,17 @@ def test_l3_a_signal_to_one_rank_stops_both_at_the_same_step(settings, tmp_path)
 @pytest.mark.slow
 def test_l5_sigterm_to_torchrun_stops_both_ranks_and_leaves_no_orphan(settings, tmp_path):
     options = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": 0}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train_lora.py"]
+    launch = torchrun("train_lora.py", settings(**options))
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
     log, metrics = tmp_path / "log.txt", tmp_path / "ckpt/run/metrics.jsonl"
     with log.open("w") as out:
-        launcher = subprocess.Popen(
-            [*launch, *settings(**options)], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
-        )
+        launcher = subprocess.Popen(launch, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
-        deadline = time.monotonic() + 300
         while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 2:
-            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert launcher.poll() is None, log.read_text()
             time.sleep(0.05)
         launcher.terminate()
-        assert launcher.wait(timeout=60) != 0
+        assert launcher.wait() != 0
         with pytest.raises(ProcessLookupError):
             os.killpg(launcher.pid, 0)  # nobody of its session is left
     finally:
@@ -412,7 +400,7 @@ def test_l6_a_folder_in_use_is_refused_at_once(command, train, film, tmp_path, s
             assert_refused(
                 result, 2, str(tmp_path / "out" / folder), f"process {os.getpid()}", "another name"
             )
-            assert not result.torch and result.seconds < 2 and snapshot(tmp_path) == before
+            assert not result.torch and result.blinks < 20 and snapshot(tmp_path) == before
     with lock_run(tmp_path / "out" / folder):  # and it is free again
         pass
 
@@ -431,6 +419,7 @@ def changed(key: str, value: object) -> object:
 OTHERS = {
     "mixed_precision": "bf16",
     "prediction_type": "v_prediction",
+    "clip_skip": 2,
     "crop": "random",
     "missing_captions": "empty",
     "broken_images": "skip",
@@ -529,7 +518,7 @@ def test_l11_a_place_that_cannot_be_written_is_found_before_a_model_is_loaded(
     place, words = PLACES[case]
     result = command(script, make(output_dir=place))
     assert_refused(result, 4, *words)
-    assert not result.torch and result.seconds < 2
+    assert not result.torch and result.blinks < 20
 
 
 @pytest.mark.parametrize("case", list(PLACES)[:3])

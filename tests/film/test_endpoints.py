@@ -15,6 +15,7 @@ from lorakit.diffusion.denoiser import Denoiser, Rows
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.film import endpoints
+from lorakit.film.config import MorphConfig
 from lorakit.film.morph_plan import make_morph_plan
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import OutputError, UserError
@@ -22,7 +23,6 @@ from lorakit.pictures.folder import Row
 from lorakit.pictures.images import load_image, read_picture, to_array
 from lorakit.pictures.views import View
 from lorakit.weights.base import inspect_base
-from morph import MorphConfig
 
 
 @pytest.fixture

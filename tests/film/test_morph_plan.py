@@ -8,6 +8,7 @@ import pytest
 
 import morph
 from lorakit.film import morph_plan
+from lorakit.film.config import MorphConfig
 from lorakit.film.morph_plan import (
     attention_bytes,
     count_evaluations,
@@ -20,7 +21,6 @@ from lorakit.film.morph_plan import (
 )
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import OutputError, UserError
-from morph import MorphConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -315,6 +315,7 @@ def test_what_only_shows_frames_is_a_key_and_no_part_of_the_fingerprint(planned,
 OTHER_VALUES = {
     "mixed_precision": "bf16",
     "prediction_type": "v_prediction",
+    "clip_skip": 2,
     "loop": True,
     "frames": 6,
     "negative_prompt": "fog",

@@ -11,12 +11,12 @@ from PIL import Image
 
 from lorakit.diffusion.metrics import DEFINITIONS, FeatureDistance
 from lorakit.film import morph_report
+from lorakit.film.config import MorphConfig
+from lorakit.film.morph_folder import FILM, Version, finished_version, frame_paths
 from lorakit.film.morph_plan import make_morph_plan
-from lorakit.film.morph_report import Version, finished_version, measure, summary, write_outputs
-from lorakit.film.shooting import frame_paths
+from lorakit.film.morph_report import measure, summary, write_outputs
 from lorakit.ground.config import load_config
 from lorakit.pictures.images import save_png
-from morph import MorphConfig
 
 NONE = (False, False, False)
 
@@ -225,12 +225,12 @@ def test_a_finished_film_is_known_by_its_record_and_all_of_its_frames(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"positions": []}', "null"])
 def test_a_damaged_record_is_no_finished_film(tmp_path, content):
-    (tmp_path / morph_report.FILM).write_text(content)
+    (tmp_path / FILM).write_text(content)
     assert finished_version(tmp_path) is None
 
 
 def test_a_record_holds_no_tensor(tmp_path):
     made = version([0.0, 1.0], residual_ratio=torch.tensor([0.1, 0.2]).tolist())
     made.save(tmp_path)
-    assert json.loads((tmp_path / morph_report.FILM).read_text())["positions"] == [0.0, 1.0]
-    assert Path(tmp_path / morph_report.FILM).exists()
+    assert json.loads((tmp_path / FILM).read_text())["positions"] == [0.0, 1.0]
+    assert Path(tmp_path / FILM).exists()

@@ -14,7 +14,8 @@ from lorakit.diffusion.denoiser import Denoiser, Rows
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.film import morphing, shooting
-from lorakit.film.shooting import Studio, develop, frame_paths, open_frame, probe, shoot
+from lorakit.film.morph_folder import frame_paths, open_frame
+from lorakit.film.shooting import Studio, develop, probe, shoot
 from lorakit.ground.chunks import Chunks
 from lorakit.ground.errors import OutputError, StoppedError
 

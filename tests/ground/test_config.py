@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
 
-from lorakit.ground.config import Config, ConfigError, load_config, parse_command, schema
+from lorakit.ground.command import parse_command
+from lorakit.ground.config import Config, ConfigError, load_config, schema
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -462,7 +463,8 @@ def test_help_imports_no_torch(tmp_path):
     script = tmp_path / "toy.py"
     script.write_text(
         "import atexit, sys\n"
-        "from lorakit.ground.config import Config, parse_command\n"
+        "from lorakit.ground.command import parse_command\n"
+        "from lorakit.ground.config import Config\n"
         "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'peft'}\n"
         "atexit.register(lambda: print('loaded:', sorted(heavy & set(sys.modules))))\n"
         "class Toy(Config):\n"

@@ -1,15 +1,18 @@
 """Files appear whole or not at all, and faults of the disk name the path and the remedy."""
 
+import contextlib
 import errno
 import os
 import resource
 import shutil
+import signal
 import stat
+import time
 
 import pytest
 
 from lorakit.ground.errors import OutputError
-from lorakit.ground.publish import OWN_NAME, check_writable, own_name, publish_file
+from lorakit.ground.publish import LITTER_AGE, OWN_NAME, check_writable, clear_litter, own_name, publish_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -185,3 +188,87 @@ def test_check_writable_finds_a_folder_of_someone_else(tmp_path):
         assert exit_code_of_child(child) == 7
     finally:
         tmp_path.chmod(0o755)
+
+
+# What dead writers left
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """A child that is half-way through publishing: its number, and the pipe by which it is told to go on."""
+    heard, say = os.pipe()
+    wait, go_on = os.pipe()
+
+    def half_way(temp):
+        temp.write_bytes(b"half")
+        os.write(say, b".")
+        os.read(wait, 1)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            publish_file(folder / "file.bin", half_way)
+        finally:
+            os._exit(0)
+    assert os.read(heard, 1) == b"."
+    try:
+        yield child, go_on
+    finally:
+        for end in (heard, say, wait, go_on):
+            os.close(end)
+
+
+def killed(child):
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("claim", [check_writable, lambda folder: publish_file(folder / "other.bin", b"")])
+def test_what_a_killed_writer_left_goes_when_the_next_one_comes(tmp_path, claim):
+    with writing(tmp_path) as (child, _):
+        assert killed(child)
+    (left,) = names(tmp_path)
+    assert OWN_NAME.fullmatch(left) and (tmp_path / left).read_bytes() == b"half"
+    claim(tmp_path)
+    assert left not in names(tmp_path) and not [name for name in names(tmp_path) if OWN_NAME.fullmatch(name)]
+
+
+def test_a_writer_that_lives_is_not_disturbed(tmp_path):
+    with writing(tmp_path) as (child, go_on):
+        check_writable(tmp_path)
+        publish_file(tmp_path / "other.bin", b"")
+        (temp,) = set(names(tmp_path)) - {"other.bin"}
+        os.utime(tmp_path / temp, (0, 0))  # however long it takes
+        clear_litter.cache_clear()
+        clear_litter(tmp_path)
+        os.write(go_on, b".")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert names(tmp_path) == ["file.bin", "other.bin"] and (tmp_path / "file.bin").read_bytes() == b"half"
+
+
+def test_names_of_users_and_what_is_being_replaced_stay(tmp_path):
+    dead = exit_code_of_child(lambda: publish_file(tmp_path / "pid", str(os.getpid()).encode()))
+    pid = int((tmp_path / "pid").read_text())
+    assert dead == 0
+    ours = own_name("tmp").replace(f"-{os.getpid()}-", f"-{pid}-")
+    strangers = [".tmp-notes", f".tmp-{pid}", ours[:-1], f"x{ours}", ours.replace(".tmp", ".old")]
+    strangers += [own_name("tmp")]  # this process is not dead
+    for name in (*strangers, ours):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (0, 0))
+    check_writable(tmp_path)
+    assert names(tmp_path) == sorted([*strangers, "pid"])
+
+
+def test_what_another_machine_is_writing_stays_until_it_is_old(tmp_path):
+    here = OWN_NAME.fullmatch(own_name("tmp"))[4]
+    fresh, old, folder = (own_name("tmp").replace(f"-{here}", "-" + "0" * 12) for _ in range(3))
+    assert all(OWN_NAME.fullmatch(name) for name in (fresh, old, folder)) and here != "0" * 12
+    (tmp_path / folder).mkdir()
+    for name in (fresh, old, f"{folder}/part"):
+        (tmp_path / name).write_text("")
+    for name, age in ((fresh, 0.9), (old, 1.1), (folder, 1.1)):
+        then = time.time() - age * LITTER_AGE
+        os.utime(tmp_path / name, (then, then))
+    check_writable(tmp_path)
+    assert names(tmp_path) == [fresh]

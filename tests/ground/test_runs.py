@@ -14,22 +14,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.ground import publish, runs
-from lorakit.ground.errors import OutputError, UserError
-from lorakit.ground.publish import own_name
-from lorakit.ground.runs import (
+from lorakit.ground import checkpoints as saving
+from lorakit.ground import publish
+from lorakit.ground.checkpoints import (
     CheckpointError,
-    MetricsFile,
     checkpoints,
-    claim_run,
-    clean_litter,
     find_resume,
     latest_checkpoint,
-    lock_run,
     prune_checkpoints,
     publish_checkpoint,
     verify_checkpoint,
 )
+from lorakit.ground.errors import OutputError, UserError
+from lorakit.ground.publish import own_name
+from lorakit.ground.runs import MetricsFile, claim_run, clean_litter, lock_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -101,7 +99,7 @@ def save_and_die_at_line(number, run, step):
 
     def trace(frame, event, arg):
         nonlocal left
-        if frame.f_code.co_filename not in (runs.__file__, publish.__file__):
+        if frame.f_code.co_filename not in (saving.__file__, publish.__file__):
             return None
         left -= event == "line"
         if left == 0:
@@ -294,7 +292,7 @@ JSON = st.recursive(
 def test_no_manifest_can_raise_anything_but_its_error(tmp_path_factory, changes, whole):
     folder = tmp_path_factory.mktemp("fuzz") / "checkpoint-00000100"
     folder.mkdir()
-    valid = {"format": runs.FORMAT, "version": runs.VERSION, "step": 100, "files": {}}
+    valid = {"format": saving.FORMAT, "version": saving.VERSION, "step": 100, "files": {}}
     for manifest in (whole, valid | changes):
         (folder / "manifest.json").write_text(json.dumps(manifest))
         try:

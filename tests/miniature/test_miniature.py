@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lorakit.ground.checkpoints import verify_checkpoint
 from lorakit.ground.errors import StoppedError, UserError
-from lorakit.ground.runs import verify_checkpoint
 from miniature import autoencoder, classifier, diffusion, photographs, pictures, text
 from miniature import run as runs
 from miniature.landscapes import BASE_STYLES, STYLES, Scene, held_out
@@ -56,13 +54,19 @@ def text_config(folder: Path, vae: Path, **given) -> TextToImageConfig:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
+def recipe(once) -> tuple[Path, Path, Path, Path]:
     """The whole recipe: its folder, and what its three stages wrote."""
-    folder = tmp_path_factory.mktemp("miniature")
-    vae = train_autoencoder(autoencoder_config(folder), "…")
-    base = train_text_to_image(text_config(folder, vae), "…")
-    cfg = ControlNetConfig(**COMMON, output_dir=str(folder), ckpt_name="controlnet", base=str(base))
-    return folder, vae, base, train_controlnet(cfg, "…")
+
+    def make(folder: Path) -> None:
+        vae = train_autoencoder(autoencoder_config(folder), "…")
+        base = train_text_to_image(text_config(folder, vae), "…")
+        cfg = ControlNetConfig(**COMMON, output_dir=str(folder), ckpt_name="controlnet", base=str(base))
+        paths = vae, base, train_controlnet(cfg, "…")
+        (folder / "paths.json").write_text(json.dumps([str(path) for path in paths]))
+
+    folder = once("recipe", make)
+    vae, base, controlnet = map(Path, json.loads((folder / "paths.json").read_text()))
+    return folder, vae, base, controlnet
 
 
 def weights(checkpoint: Path) -> dict[str, str]:
@@ -163,16 +167,12 @@ def test_another_config_does_not_resume_the_run(recipe):
         train_autoencoder(autoencoder_config(folder), "…")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_faults_answer_without_torch(script):
-    path = ROOT / "miniature" / f"{script}.py"
-    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "output_dir" in done.stdout
-    done = subprocess.run([sys.executable, str(path), "sede=1"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "unknown key" in done.stderr
-    code = f"import sys; import miniature.{script}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_help_and_faults_answer_without_torch(program, script):
+    done = program(f"miniature/{script}.py", ["--help"])
+    assert done.code == 0 and "output_dir" in done.out and not done.torch
+    done = program(f"miniature/{script}.py", ["sede=1"])
+    assert done.code == 2 and "unknown key" in done.err and not done.torch
 
 
 def test_every_shipped_config_is_valid():

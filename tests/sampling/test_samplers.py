@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from generate import GenerateConfig
 from lorakit.diffusion.models import Base
 from lorakit.ground.config import ConfigError, load_config
 from lorakit.ground.errors import UserError
@@ -23,6 +22,7 @@ from lorakit.sampling.config import (
     SchedulerName,
     read_hints,
 )
+from lorakit.sampling.generate_plan import GenerateConfig
 from lorakit.sampling.samplers import (
     SCHEDULERS,
     LoraStack,
@@ -34,7 +34,8 @@ from lorakit.sampling.samplers import (
     unread_notes,
 )
 from lorakit.weights.base import inspect_base
-from lorakit.weights.lora_file import LoraPair, lora_bytes, read_lora, unflatten
+from lorakit.weights.lora_file import LoraPair, lora_bytes, unflatten
+from lorakit.weights.lora_reader import read_lora
 
 NAMES = get_args(SchedulerName)
 ONE_LEVEL = 1  # of 255: what the order of sums in a batch may change

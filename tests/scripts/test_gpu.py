@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import train_lora
-from lorakit.weights.lora_file import read_lora
+from lorakit.weights.lora_reader import read_lora
 
 pytestmark = [
     pytest.mark.gpu,

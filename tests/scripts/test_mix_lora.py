@@ -13,10 +13,12 @@ import mix_lora
 from lorakit.diffusion.lora import add_lora, extract, load_lora
 from lorakit.ground.errors import UserError
 from lorakit.training.lora_check import verify_in_diffusers
-from lorakit.weights.lora_file import LoraPair, kohya_name, lora_bytes, read_lora
+from lorakit.weights.lora_file import LoraPair, kohya_name, lora_bytes
 from lorakit.weights.lora_import import read_any
+from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.mixing import dare, factorise, factors, mix, scaled, squared_distance, ties, truncate
 from lorakit.weights.tensors import chunks, serialize
+from lorakit.weights.verbs import VERBS, parse_file
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 SHAPES = {  # kohya name -> (out, in, kernel)
@@ -272,10 +274,14 @@ def test_nothing_is_overwritten_unless_asked_and_faults_are_one_message(tmp_path
     assert torch.equal(read_lora(path).modules[Q].delta(), 0.5 * lora(1)[Q].delta())
 
 
+def test_every_verb_that_is_described_runs():
+    assert list(mix_lora.RUN) == list(VERBS)
+
+
 def test_a_path_may_hold_an_equals_sign(tmp_path, capsys):
     (tmp_path / "lr=1").mkdir()
     path = write(tmp_path / "lr=1" / "w=2", lora(1))
-    assert mix_lora.parse_file(path) == (path, None) and mix_lora.parse_file(f"{path}=-2e-1") == (path, -0.2)
+    assert parse_file(path) == (path, None) and parse_file(f"{path}=-2e-1") == (path, -0.2)
     assert "rank        4, alpha 4: 4 modules" in run(capsys, "inspect", path)
 
 

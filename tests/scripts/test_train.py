@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import torchrun
 
 import train_lora
 from lorakit.diffusion import lora
@@ -21,7 +22,7 @@ from lorakit.ground.errors import DivergedError, StoppedError, UserError
 from lorakit.training.config import APPLIED, FIXED, FREE, TrainConfig
 from lorakit.training.plan import make_plan
 from lorakit.weights.base import inspect_base
-from lorakit.weights.lora_file import read_lora
+from lorakit.weights.lora_reader import read_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,16 +192,8 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(trained, tmp_p
 def test_two_processes_equal_one_with_twice_the_batch(trained, settings, tmp_path):
     single = trained(train_batch_size=2, lora_dropout=0.0)
     arguments = settings(train_batch_size=1, output_dir=str(tmp_path / "two"))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "train_lora.py",
-        *arguments,
-    ]
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = torchrun("train_lora.py", arguments)
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2 process(es)" in result.stdout
@@ -609,9 +602,8 @@ def start(arguments: list[str], **options) -> subprocess.Popen:
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
@@ -625,14 +617,14 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_resumes(
     log = tmp_path / "ckpt/run/metrics.jsonl"
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 4, process)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == code, err
     assert "stopped: at step" in err and "resume_from_checkpoint=latest" in err and "Traceback" not in err
     [checkpoint] = (tmp_path / "ckpt/run").glob("checkpoint-*")
     done = int(checkpoint.name[-8:])
     assert 4 < done < 400
     resumed = start(settings(**long) + ["resume_from_checkpoint=latest"])
-    out, err = resumed.communicate(timeout=200)
+    out, err = resumed.communicate()
     assert resumed.returncode == 0, err
     straight = trained(output_dir=str(tmp_path / "straight"), **long)
     assert sha(tmp_path / "ckpt/run.safetensors") == sha(straight)
@@ -656,12 +648,9 @@ def test_a_launcher_that_dies_takes_the_training_with_it(settings, tmp_path):
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
     run = tmp_path / "ckpt/run"
     wait_for(lambda: (run / "metrics.jsonl").exists(), launcher)
-    pid = json.loads((run / ".lock.json").read_text())["pid"]
     launcher.terminate()
-    launcher.wait(timeout=60)
-    deadline = time.monotonic() + 60
+    launcher.wait()
     while "stopped: at step" not in (tmp_path / "out.txt").read_text():
-        assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.05)
     assert list(run.glob("checkpoint-*")) and not (run / ".lock.json").exists()
 
@@ -717,23 +706,14 @@ def test_two_runs_on_one_folder(trained, settings, tmp_path):
     first = start(settings(**long))
     wait_for(lambda: (tmp_path / "ckpt/run/.lock.json").exists(), first)
     second = start(settings(**long))
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate()
     assert second.returncode == 2 and f"process {first.pid}" in err
-    out, err = first.communicate(timeout=200)
+    out, err = first.communicate()
     assert first.returncode == 0, err
     assert sha(tmp_path / "ckpt/run.safetensors") == sha(trained(output_dir=str(tmp_path / "alone"), **long))
 
 
 # ---- the command line ----
-
-QUICK = """
-import runpy, sys
-sys.argv = {argv}
-try:
-    runpy.run_path("train_lora.py", run_name="__main__")
-except SystemExit as end:
-    print("torch" in sys.modules, end.code)
-"""
 
 
 @pytest.mark.parametrize(
@@ -747,7 +727,6 @@ except SystemExit as end:
         (["rank=x"], 2),
     ],
 )
-def test_what_needs_no_model_answers_without_torch(argv, code):
-    program = QUICK.format(argv=["train_lora.py", *argv])
-    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout
-    assert out.splitlines()[-1] == f"False {code or 0}"
+def test_what_needs_no_model_answers_without_torch(program, argv, code):
+    result = program("train_lora.py", argv)
+    assert result.code == code and not result.torch

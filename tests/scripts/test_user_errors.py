@@ -1,11 +1,11 @@
 """What a user sees of train_lora.py when something is wrong: an exit code and one message with the remedy.
 
-Faults of config, data and base must be found before torch is imported. A small server process, which has
-imported train_lora.py and not torch, forks one child per command: a real process that starts in a blink.
+Faults of config, data and base must be found before torch is imported.
 """
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -15,18 +15,18 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from harness import Result
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_lora
-from lorakit.ground import publish, runs
+from lorakit.ground import publish
+from lorakit.ground.checkpoints import checkpoints, verify_checkpoint
 from lorakit.ground.config import load_config, schema
 from lorakit.ground.process import run_guarded
-from lorakit.ground.runs import checkpoints, verify_checkpoint
 from lorakit.training.config import TrainConfig
 from lorakit.training.data import read_entry
 from lorakit.training.denoise import Denoise
@@ -34,53 +34,11 @@ from lorakit.training.denoise import Denoise
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
 
-SERVER = """
-import json, os, sys, tempfile
-import train_lora
-from lorakit.ground.process import run_guarded
 
-for line in sys.stdin:
-    argv, env = json.loads(line)
-    files = [tempfile.TemporaryFile("w+") for _ in range(3)]
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(files[0].fileno(), 1), os.dup2(files[1].fileno(), 2)
-        os.environ.update(env)
-        try:
-            code = run_guarded(lambda: train_lora.main(argv))
-        except SystemExit as error:
-            code = error.code or 0
-        sys.stdout.flush(), sys.stderr.flush()
-        files[2].write(json.dumps("torch" in sys.modules)), files[2].flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    texts = [(file.seek(0), file.read())[1] for file in files]
-    print(json.dumps([code, *texts[:2], json.loads(texts[2])]), flush=True)
-"""
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-    torch: bool = False
-
-
-@pytest.fixture(scope="module")
-def command():
+@pytest.fixture
+def command(command):
     """Runs `train_lora.py ARGUMENTS` as a process of its own and returns its Result."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def run(arguments: list[str], **env: str) -> Result:
-        server.stdin.write(json.dumps([arguments, env]) + "\n")
-        server.stdin.flush()
-        return Result(*json.loads(server.stdout.readline()))
-
-    yield run
-    server.stdin.close()
-    server.wait(timeout=30)
+    return functools.partial(command, "train_lora")
 
 
 @pytest.fixture
@@ -561,7 +519,7 @@ def test_a_full_disk_at_any_write_costs_nothing_and_the_run_resumes_to_the_same_
         real(path, data)
 
     monkeypatch.setattr(publish, "write_synced", failing)
-    monkeypatch.setattr(runs, "write_synced", failing)
+    monkeypatch.setattr("lorakit.ground.checkpoints.write_synced", failing)
     codes = []
     while not codes or codes[-1]:
         at, count = at + 1, 0
@@ -802,8 +760,13 @@ def test_every_key_is_read_by_some_code(settings, pictures, tmp_path, monkeypatc
 
     seen: set[str] = set()
 
+    def while_checked(frame) -> bool:
+        while frame is not None and frame.f_code.co_name != "_agree":
+            frame = frame.f_back
+        return frame is not None
+
     def spy(self, name):
-        if name in TrainConfig.model_fields and sys._getframe(1).f_code.co_name != "_agree":
+        if name in TrainConfig.model_fields and name not in seen and not while_checked(sys._getframe(1)):
             seen.add(name)
         return object.__getattribute__(self, name)
 

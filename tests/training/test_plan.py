@@ -19,11 +19,17 @@ def config_of(arguments: list[str]) -> TrainConfig:
 
 @pytest.mark.parametrize("targets", ["attention", "attention+ff", "all"])
 @pytest.mark.parametrize(
-    "options", [{}, {"train_text_encoder": True}, {"use_dora": True, "save_format": "diffusers"}]
+    "options",
+    [
+        {},
+        {"train_text_encoder": True},
+        {"train_text_encoder": True, "clip_skip": 2},
+        {"use_dora": True, "save_format": "diffusers"},
+    ],
 )
 def test_parameters_are_counted_as_they_will_be(settings, tiny_base, targets, options):
     cfg = config_of(settings(target_modules=targets, **options))
-    base = Base(inspect_base(str(tiny_base)))
+    base = Base(inspect_base(str(tiny_base)), clip_skip=cfg.clip_skip)
     adapter = {"rank": cfg.rank, "alpha": cfg.rank, "targets": targets, "use_dora": cfg.use_dora}
     params = add_lora(base.unet, **adapter)
     if cfg.train_text_encoder:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lorakit.ground.errors import DivergedError, UserError
-from lorakit.weights.lora_file import LoraPair, base_of, kohya_name, lora_bytes, read_lora, unflatten
+from lorakit.weights.lora_file import LoraPair, base_of, kohya_name, lora_bytes, unflatten
+from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.tensors import payload_sha256, serialize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,21 +147,27 @@ def test_dora_is_written_for_diffusers_and_refused_for_kohya(tmp_path):
         next(iter(dora.values())).delta()
 
 
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_bytes_are_the_same_twice_and_in_another_process(layout):
+@pytest.fixture(scope="module")
+def there() -> dict[str, str]:
+    """The hash that another process finds in each layout."""
     code = (
-        "import hashlib, sys; sys.path.insert(0, 'tests'); import test_lora_file as t;"
+        "import hashlib, sys; sys.path.insert(0, 'tests/weights'); import test_lora_file as t;"
         "modules = dict(reversed(t.modules().items()));"
         "metadata = {f'ss_{i}': str(i) for i in reversed(range(9))};"
-        f"print(hashlib.sha256(t.lora_bytes(modules, layout='{layout}', metadata=metadata)).hexdigest())"
+        "made = [t.lora_bytes(modules, layout=each, metadata=metadata) for each in ('kohya', 'diffusers')];"
+        "print(*(hashlib.sha256(data).hexdigest() for data in made))"
     )
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return dict(zip(("kohya", "diffusers"), out.split(), strict=True))
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_bytes_are_the_same_twice_and_in_another_process(layout, there):
     metadata = {f"ss_{i}": str(i) for i in range(9)}
     here = [lora_bytes(modules(), layout=layout, metadata=metadata) for _ in range(2)]
     assert here[0] == here[1]
-    there = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
-    assert hashlib.sha256(here[0]).hexdigest() == there.strip()
+    assert hashlib.sha256(here[0]).hexdigest() == there[layout]
 
 
 def test_the_hashes_are_those_of_the_tensor_bytes(tmp_path):

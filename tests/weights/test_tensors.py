@@ -37,7 +37,7 @@ def file_of(tmp_path, data, name="x.safetensors"):
 
 def test_bytes_are_the_same_in_another_process_with_another_hash_seed_and_order():
     code = (
-        "import hashlib, sys; sys.path.insert(0, 'tests'); import test_tensors as t;"
+        "import hashlib, sys; sys.path.insert(0, 'tests/weights'); import test_tensors as t;"
         "from lorakit.weights.tensors import serialize;"
         "tensors = dict(reversed(t.example().items())); metadata = dict(reversed(t.METADATA.items()));"
         "print(hashlib.sha256(serialize(tensors, metadata)).hexdigest())"

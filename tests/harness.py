@@ -1,4 +1,4 @@
-"""What every family of faults needs: the scripts as processes that start in a blink, and a look at the disk.
+"""The scripts as processes that start in a blink, and a look at what they leave on the disk.
 
 A server process has imported the scripts and not torch; for each command it forks a child. So a refusal costs
 milliseconds, and it shows whether the fault was found before torch was imported.
@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -17,26 +18,39 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_lora", "morph", "invert", "mix_lora", "generate", "style_transfer")
+HEAVY = {"torch", "diffusers", "transformers", "datasets"}
 
 
 class Result(NamedTuple):
-    """What a command left behind it; `seconds` are of its processor, `grown` the bytes its memory grew by."""
+    """What a command left behind it: exit code, output, which of HEAVY was imported at its end.
+
+    `seconds` are of its processor, `grown` the bytes its memory grew by; `blinks` are its seconds in units of
+    the plainest refusal, measured by the same server on the same machine under the same load.
+    """
 
     code: int
     out: str
     err: str
-    torch: bool = False
+    imported: Sequence[str] = ()
     seconds: float = 0.0
     grown: int = 0
+    blinks: float = 0.0
+
+    @property
+    def torch(self) -> bool:
+        return "torch" in self.imported
 
 
 class Server:
-    """Runs `python SCRIPT.py ARGUMENTS`, each in a process of its own."""
+    """Runs a script's `main` on arguments, or the file of a program that is named with its suffix.
 
-    def __init__(self):
-        command = [sys.executable, str(Path(__file__))]
+    Each is a process of its own. With `preload` they need not import transformers, which takes a second.
+    """
+
+    def __init__(self, preload: bool = True):
+        command = [sys.executable, str(Path(__file__)), *["transformers"] * preload]
         self._server = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -44,22 +58,32 @@ class Server:
         self._to, self._from = self._server.stdin, self._server.stdout
 
     def __call__(self, script: str, arguments: Sequence[str], cwd: Path = ROOT, **env: str) -> Result:
+        result = self._run(script, arguments, cwd, env)
+        return result._replace(blinks=result.seconds / self.blink)
+
+    @functools.cached_property
+    def blink(self) -> float:
+        """Seconds of processor that it takes to refuse a key, in the script where that takes longest."""
+        return max(self._run(script, ["no_such_key=1"], ROOT, {}).seconds for script in SCRIPTS)
+
+    def _run(self, script: str, arguments: Sequence[str], cwd: Path, env: dict[str, str]) -> Result:
         self._to.write(json.dumps([script, list(arguments), str(cwd), env]) + "\n")
         self._to.flush()
         return Result(*json.loads(self._from.readline()))
 
     def close(self) -> None:
         self._to.close()
-        self._server.wait(timeout=30)
+        self._server.wait()
 
 
 def serve() -> None:
     """The server: one JSON list a line in, one Result a line out."""
     sys.path.insert(0, str(ROOT))
     scripts = {name: importlib.import_module(name) for name in SCRIPTS}
-    import transformers
+    if "transformers" in sys.argv:
+        import transformers
 
-    assert transformers.CLIPTokenizer  # a second of imports, which children need not pay again
+        assert transformers.CLIPTokenizer
     assert "torch" not in sys.modules
     for line in sys.stdin:
         script, arguments, cwd, env = json.loads(line)
@@ -70,13 +94,16 @@ def serve() -> None:
                 os.dup2(file.fileno(), number)
             os.environ.update(env)
             os.chdir(cwd)
-            code = _child(functools.partial(scripts[script].main, arguments), facts)
+            if script in scripts:
+                code = _child(functools.partial(scripts[script].main, arguments), facts)
+            else:
+                sys.argv = [script, *arguments]
+                code = _child(functools.partial(runpy.run_path, script, run_name="__main__"), facts)
             os._exit(code)
         _, status, usage = os.wait4(pid, 0)
         texts = [(file.seek(0), file.read())[1] for file in (out, err, facts)]
-        torch, grown = json.loads(texts[2] or "[false, 0]")
-        seconds = usage.ru_utime + usage.ru_stime
-        print(json.dumps([os.waitstatus_to_exitcode(status), *texts[:2], torch, seconds, grown]), flush=True)
+        code, (imported, grown) = os.waitstatus_to_exitcode(status), json.loads(texts[2] or "[[], 0]")
+        print(json.dumps([code, *texts[:2], imported, usage.ru_utime + usage.ru_stime, grown]), flush=True)
 
 
 def _child(main: Callable[[], int], facts: TextIO) -> int:
@@ -90,7 +117,7 @@ def _child(main: Callable[[], int], facts: TextIO) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    facts.write(json.dumps(["torch" in sys.modules, grown]))
+    facts.write(json.dumps([sorted(HEAVY & set(sys.modules)), grown]))
     facts.flush()
     return code
 
