@@ -72,10 +72,10 @@ def main(argv: list[str]) -> int:
         default_config="cfg/generate/landscapes.json",
     )
     cfg = command.config
-    info = inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    info = inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_size(cfg, info)
     prompts = read_prompts(cfg)
-    notes = [note for _, cell in cfg.numbered_cells() for note in cell.resolved()[1]]
+    notes = [*info.notes, *(note for _, cell in cfg.numbered_cells() for note in cell.resolved()[1])]
     width, height = picture_shape(cfg, info)
     count = count_pictures(cfg, prompts)
     return fill_folder(

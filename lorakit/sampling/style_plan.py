@@ -86,7 +86,7 @@ def notes_of(cfg: StyleConfig, info: BaseInfo, paths: list[str]) -> list[str]:
     Raises:
         UserError: steps that would not be any.
     """
-    notes = []
+    notes = [*info.notes]
     for _, cell in cfg.numbered_cells():
         cell, own = cell.resolved()
         notes += own

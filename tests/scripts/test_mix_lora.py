@@ -750,10 +750,11 @@ def test_extract_finds_the_lora_that_was_merged(tmp_path, capsys, tiny_base, tra
         )
 
 
-def test_extract_refuses_bases_of_different_make(tmp_path, tiny_base, tiny_unet):
+def test_extract_refuses_bases_of_different_make(tmp_path, tiny_base, tiny_unet, tiny_text_encoder):
     other = tmp_path / "other"
     shutil.copytree(tiny_base, other)
     tiny_unet(cross_attention_dim=24).save_pretrained(other / "unet")
+    tiny_text_encoder(hidden_size=24, max_position_embeddings=32).save_pretrained(other / "text_encoder")
     with pytest.raises(UserError, match="differ in architecture: unet"):
         mix_lora.main(["extract", str(tiny_base), str(other), "rank=1", f"out={tmp_path / 'x.safetensors'}"])
 

@@ -341,7 +341,7 @@ def test_a_base_that_is_fetched_first_gives_a_film_that_goes_on(
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"beta_end": 0.02}))
     folders, here = {"some/base": tiny_base, "other/base": other}, set()
 
-    def inspect(name, **_):
+    def inspect(name, *_):
         if name not in here:
             return BaseInfo(name, "hub")
         return replace(inspect_base(str(folders[name])), name=name, kind="hub")
