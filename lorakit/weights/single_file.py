@@ -27,7 +27,7 @@ _OTHERS = (
     (r"emb_params|string_to_param.*", "is a textual inversion, not a base", "name a base"),
     (
         r"control_model\..*|(controlnet_cond_embedding|input_hint_block|zero_convs)\..*",
-        "is a ControlNet alone",
+        "is a ControlNet",
         "give it as controlnet in style_transfer.py, beside a base",
     ),
     (r".*temporal_transformer\..*", "is a motion module, not a base", "name a base"),
