@@ -14,7 +14,7 @@ demo: .venv/run            ## train both mountain LoRAs on the embedded miniatur
 test: .venv/dev            ## all tests, on all processors
 	$(TESTS) -m "not net"
 
-quick: .venv/dev           ## before each commit: the tests that take no more than seconds, two minutes in all
+quick: .venv/dev           ## before each commit: the tests that take no more than seconds
 	$(TESTS) -m "not net and not slow"
 
 soak: .venv/dev            ## half an hour of kills and damaged input; its last line is JSON

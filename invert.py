@@ -34,9 +34,10 @@ if TYPE_CHECKING:  # help, checks and faults of the command line come without to
 
 def invert(cfg: InvertConfig, plan: InversionPlan, folder: Path) -> None:
     """Print the table, and write reconstructions, sheet and report."""
+    picture = read_picture(cfg.image, plan.size)  # a broken one is found before torch is imported
+
     from lorakit.diffusion.inversion_report import HEADER, likeness, make_report, scores, sheet, show
 
-    picture = read_picture(cfg.image, plan.size)
     pipe = load(cfg, plan.base)
     round_trip = pipe.decode_latents_to_pictures(pipe.encode_image(picture, *plan.size))[0]
     bound = likeness(round_trip, picture)

@@ -360,8 +360,9 @@ def test_a_hugging_face_dataset_trains_like_the_folder(trained, settings, pictur
 
 
 def test_the_best_weights_are_kept_and_published(trained, tmp_path):
-    """At a learning rate that ruins the LoRA, the first validation is the best."""
-    options = dict(learning_rate=0.5, validation_steps=1, max_train_steps=6)
+    """From step 3 on the learning rate ruins the LoRA, so that a validation before is the best."""
+    rates = dict(learning_rate=1e-2, lr_scheduler_name="piecewise_constant", lr_step_rules="1:3,500")
+    options = dict(validation_steps=1, max_train_steps=6, **rates)
     best = trained(final_weights="best", **options)
     losses = metrics(best, "validation_loss")
     step = min(losses, key=losses.__getitem__)
