@@ -79,10 +79,10 @@ def main(argv: list[str]) -> int:
         default_config="cfg/generate/landscapes.json",
     )
     cfg = command.config
-    info = inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    info = inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_size(cfg, info)
     prompts = read_prompts(cfg)
-    notes = [note for _, cell in cfg.numbered_cells() for note in cell.resolved()[1]]
+    notes = [*info.notes, *(note for _, cell in cfg.numbered_cells() for note in cell.resolved()[1])]
     if "check" in command.flags:  # a run says it where it comes to them
         notes += unread_notes(info, texts_of(cfg))
     width, height = picture_shape(cfg, info)

@@ -4,7 +4,7 @@
     python mix_lora.py merge ckpt/miniature a.safetensors=0.8 out=ckpt/merged
 
 delta = sum_i w_i * (alpha_i / r_i) * B_i @ A_i in all of them. Reads LoRA files of every layout, writes one
-LoRA file or a base folder. The maths is in lorakit/weights/mixing.py; docs/MIXING.md has measured errors and
+LoRA file or a base. The maths is in lorakit/weights/mixing.py; docs/MIXING.md has measured errors and
 times.
 """
 
@@ -112,7 +112,8 @@ def merge(cfg: Folder, files: Files) -> None:
     from lorakit.weights import merging
 
     sources, _ = read_sources(files[1:])
-    done = merging.merge(files[0][0], sources, Path(cfg.out), overwrite=cfg.overwrite)
+    options = {"overwrite": cfg.overwrite, "base_config": cfg.base_config}
+    done = merging.merge(files[0][0], sources, Path(cfg.out), **options)
     for name in done.left_out:
         print(f"left out    {name}: it holds the base without the LoRA")
     dtypes = ", ".join(sorted(done.dtypes))
@@ -123,13 +124,13 @@ def merge(cfg: Folder, files: Files) -> None:
 def extract(cfg: Extract, files: Files) -> None:
     import torch
 
-    from lorakit.weights import merging
+    from lorakit.weights import extracting
 
     (base, _), (tuned, _) = files
     refuse_existing(cfg.out, cfg.overwrite)
     dtype = torch_dtype(cfg.dtype) or torch.float32
     options = {"rank": cfg.rank, "energy": cfg.energy, "targets": cfg.targets, "dtype": dtype}
-    found = merging.extract(base, tuned, **options)
+    found = extracting.extract(base, tuned, **options, base_config=cfg.base_config)
     modules = found.mixed.modules
     formula = f"{Path(tuned).name} - {Path(base).name}"
     save(cfg, modules, metadata_of_sum(cfg.out, [], [], modules, formula))

@@ -154,7 +154,7 @@ def main(argv: list[str]) -> int:
         default_config="cfg/style_transfer/ink.json",
     )
     cfg = command.config
-    info = inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    info = inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_size(cfg, info)
     paths = find_pictures(cfg.image)
     notes = notes_of(cfg, info, paths)

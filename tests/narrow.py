@@ -126,6 +126,30 @@ def write_base(root: Path, layout: str, family: str = "sd1", **unet: Any) -> Pat
     return path
 
 
+def write_controlnet(folder: Path, unet: Any) -> dict[str, Path]:
+    """A ControlNet for `unet` as a folder and as single files, by layout."""
+    import torch
+    from diffusers import ControlNetModel
+    from safetensors.torch import save_file
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 12, 16))
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.data = 0.3 * torch.randn(parameter.shape)
+    model.save_pretrained(folder / "folder")
+    model.save_pretrained(folder / "half", variant="fp16")
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    bare = {original_controlnet(key): value for key, value in state.items()}
+    layouts = {"diffusers": state, "bare": bare, "a1111": {f"control_model.{k}": v for k, v in bare.items()}}
+    for name, tensors in layouts.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    return {name: folder / name for name in ("folder", "half")} | {
+        name: folder / f"{name}.safetensors" for name in layouts
+    }
+
+
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2))
@@ -246,6 +270,18 @@ def original_unet(name: str) -> str:
     elif kind == "downsamplers":
         rest = rest.replace("conv.", "op.")
     return f"{place}.{rest}"
+
+
+def original_controlnet(name: str) -> str:
+    """controlnet_cond_embedding.blocks.0.weight -> input_hint_block.2.weight, for a reduction by 8"""
+    if found := re.match(r"controlnet_cond_embedding\.(?:blocks\.(\d+)|(conv_in|conv_out))\.(.*)", name):
+        number = {"conv_in": 0, "conv_out": 14}.get(found[2], 2 * int(found[1] or 0) + 2)
+        return f"input_hint_block.{number}.{found[3]}"
+    if found := re.match(r"controlnet_down_blocks\.(\d+)\.(.*)", name):
+        return f"zero_convs.{found[1]}.0.{found[2]}"
+    if name.startswith("controlnet_mid_block."):
+        return name.replace("controlnet_mid_block.", "middle_block_out.0.")
+    return original_unet(name)
 
 
 def original_vae(name: str) -> str:

@@ -10,7 +10,13 @@ from lorakit.ground.errors import UserError
 from lorakit.pictures.images import image_size
 from lorakit.pictures.views import assign_shapes
 from lorakit.weights.base import BaseInfo, inspect_base
-from lorakit.weights.base_settings import ClipSkip, PredictionType, check_clip_skip, clip_skip_notes
+from lorakit.weights.base_settings import (
+    BaseConfig,
+    ClipSkip,
+    PredictionType,
+    check_clip_skip,
+    clip_skip_notes,
+)
 from lorakit.weights.tokens import unread_notes
 
 Method = Literal["ddim", "fixed_point", "obelm", "null_text", "anchored"]
@@ -39,6 +45,7 @@ class InvertConfig(Config):
         min_length=1,
         description="base model: diffusers folder, hub id or single .safetensors file",
     )
+    base_config: BaseConfig = None
     prediction_type: PredictionType = None
     clip_skip: ClipSkip = None
     lora: str | None = Field(None, description="a LoRA file, such as one fitted to the picture; null: none")
@@ -79,10 +86,10 @@ def make_inversion_plan(cfg: InvertConfig) -> InversionPlan:
     Raises:
         UserError: what is missing, unreadable or does not fit together.
     """
-    base = inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    base = inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_clip_skip(base, cfg.clip_skip)
     own = image_size(cfg.image)
-    notes = clip_skip_notes(cfg.clip_skip, [cfg.lora] if cfg.lora else [])
+    notes = [*base.notes, *clip_skip_notes(cfg.clip_skip, [cfg.lora] if cfg.lora else [])]
     if cfg.width is None or cfg.height is None:
         size = assign_shapes([own], base.resolution, base.size_multiple, True)[0]
     elif base.known and (cfg.width % base.vae_factor or cfg.height % base.vae_factor):

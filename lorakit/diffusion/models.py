@@ -6,7 +6,7 @@ prompt_embeds (B, L, D) are the text encoder's hidden states at the layer that `
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.diffusion.text import end_at
 from lorakit.pictures.images import from_array
 from lorakit.weights.base import BaseInfo, fetch_base
-from lorakit.weights.part_files import BaseError, read_places
+from lorakit.weights.part_files import BaseError, Places, read_places
 from lorakit.weights.published import load_tokenizer
 
 # The sampler of all that must be repeatable and invertible, whatever the base ships (PNDM in SD 1.5).
@@ -101,25 +101,8 @@ class Base:
         return NoiseSchedule.from_scheduler(self.scheduler)
 
     def _load(self, part: str, make: Callable[[dict[str, Any]], Any], dtype: torch.dtype) -> Any:
-        """One part as `make` builds it from its config, with its weights in `dtype`, frozen and in eval mode.
-
-        Any, since the libraries annotate `to`, `encode` and `config` in ways that correct calls do not fit.
-        """
-        path = self.info.files[part]
-        try:
-            with init_empty_weights():
-                model = make(self.info.configs[part])
-            # Copied out of the mapped file: what lies there unaligned is multiplied in another order.
-            places = read_places(self.info.places(part))
-            tensors = {name: tensor.to(dtype, copy=True) for name, tensor in places}
-            missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise BaseError(f"{path}: its {part} cannot be loaded: {error}") from None
-        if missing:
-            raise BaseError(
-                f"{path}: its {part} lacks {len(missing)} weights, such as {missing[0]}; fetch it again"
-            )
-        return model.requires_grad_(False).eval()
+        label = f"{self.info.files[part]}: its {part}"
+        return load_model(label, make, self.info.configs[part], self.info.places(part), dtype)
 
     @property
     def scaling_factor(self) -> float:
@@ -166,6 +149,33 @@ class Base:
             return_tensors="pt",
         )
         return tokens.input_ids.to(self.device)
+
+
+def load_model(
+    label: str, make: Callable[[Any], Any], config: Mapping[str, Any], places: Places, dtype: torch.dtype
+) -> Any:
+    """A model as `make` builds it from its config, with its weights in `dtype`, frozen and in eval mode.
+
+    Any, since the libraries annotate `to`, `encode` and `config` in ways that correct calls do not fit.
+
+    Args:
+        label: what it is, for messages.
+
+    Raises:
+        BaseError: weights are missing, or do not fit the config.
+    """
+    try:
+        with init_empty_weights():
+            model = make(config)
+        # Copied out of the mapped file: what lies there unaligned is multiplied in another order.
+        tensors = {name: tensor.to(dtype, copy=True) for name, tensor in read_places(places)}
+        missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise BaseError(f"{label} cannot be loaded: {error}") from None
+    if missing:
+        lost = f"{len(missing)} weights, such as {missing[0]}"
+        raise BaseError(f"{label} lacks {lost}; fetch it again")
+    return model.requires_grad_(False).eval()
 
 
 def posterior_sample(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorakit.ground.config import Config
-from lorakit.weights.base_settings import ClipSkip, PredictionType
+from lorakit.weights.base_settings import BaseConfig, ClipSkip, PredictionType
 
 
 # fmt: off
@@ -31,6 +31,7 @@ class MorphConfig(Config):
     }
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
+    base_config: BaseConfig = None
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="dtype of U-Net and text encoder; auto: fp16 on a CUDA GPU, float32 elsewhere. The VAE and all latents are float32")
     prediction_type: PredictionType = None
     clip_skip: ClipSkip = None

@@ -62,6 +62,7 @@ def _training_words(cfg: MorphConfig, plan: MorphPlan, picture: Picture, lora: P
     width, height = plan.shape
     settings = {
         "pretrained_model_name_or_path": cfg.pretrained_model_name_or_path,
+        "base_config": cfg.base_config,
         "prediction_type": cfg.prediction_type,
         "clip_skip": cfg.clip_skip,
         "data_dir": str(data),

@@ -62,14 +62,14 @@ def make_morph_plan(cfg: MorphConfig, base: BaseInfo | None = None) -> MorphPlan
     Raises:
         UserError: what is missing, unreadable or does not fit together; names the key and the remedy.
     """
-    base = base or inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_clip_skip(base, cfg.clip_skip)
     shape = cfg.width or base.resolution, cfg.height or base.resolution
     for key, side in zip(("width", "height"), shape, strict=True):
         if side % base.vae_factor:
             raise UserError(f"{key} {side}: must divide by the base's VAE factor, {base.vae_factor}")
     texts = [*(picture.prompt for picture in cfg.images), cfg.negative_prompt, cfg.anchor_prompt or ""]
-    notes = _picture_notes(cfg, shape) + unread_notes(base, texts)
+    notes = [*base.notes, *_picture_notes(cfg, shape), *unread_notes(base, texts)]
     loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
     missing = _missing(cfg, loras)
     for path in (present := [path for path in loras if path not in missing]):
@@ -276,5 +276,5 @@ def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = Tru
         for picture in cfg.images
     ]
     settings |= {"shape": plan.shape, "base": base_identity(plan.base), "dtype": dtype, "version": VERSION}
-    settings.pop("pretrained_model_name_or_path")
+    del settings["pretrained_model_name_or_path"], settings["base_config"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,13 @@ from pydantic import Field, ValidationError, model_validator
 from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
 from lorakit.weights.base import BaseInfo
-from lorakit.weights.base_settings import ClipSkip, PredictionType, check_clip_skip, clip_skip_notes
+from lorakit.weights.base_settings import (
+    BaseConfig,
+    ClipSkip,
+    PredictionType,
+    check_clip_skip,
+    clip_skip_notes,
+)
 from lorakit.weights.tensors import read_header
 
 SchedulerName = Literal["ddim", "dpm++", "euler", "euler_a", "heun", "unipc", "pndm", "lcm"]
@@ -46,6 +52,7 @@ class SamplingConfig(Config):
     }
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
+    base_config: BaseConfig = None
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="dtype of U-Net and text encoder; auto: fp16 on a CUDA GPU, float32 elsewhere. The VAE is float32")
     prediction_type: PredictionType = None
     clip_skip: ClipSkip = None

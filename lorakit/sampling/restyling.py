@@ -2,45 +2,32 @@
 (Zhang, Rao and Agrawala 2023).
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionControlNetImg2ImgPipeline, StableDiffusionImg2ImgPipeline
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
-from lorakit.diffusion.models import Base
-from lorakit.ground.errors import UserError
+from lorakit.diffusion.models import Base, load_model
 from lorakit.sampling.samplers import batch_options, make_pipeline, picture_noise
+from lorakit.weights.controlnet import fetch_controlnet, inspect_controlnet
 
 
 def load_controlnet(name: str, base: Base) -> Any:
-    """A ControlNet for this base, in its dtype, frozen.
+    """A ControlNet for this base, in its dtype, frozen; one of the hub is fetched where it is not here.
 
     Raises:
-        UserError: it cannot be loaded, or is made for another base.
+        BaseError: it cannot be loaded, or is made for another base.
     """
     from diffusers import ControlNetModel
 
-    try:
-        controlnet: Any = ControlNetModel.from_pretrained(name, dtype=base.dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{name}: cannot be loaded as a ControlNet ({str(error).splitlines()[0]}). Without one, set "
-            "controlnet=null"
-        ) from None
-    if lost := [key for key, parameter in controlnet.named_parameters() if parameter.is_meta]:
-        raise UserError(f"{name}: lacks {len(lost)} weights, such as {lost[0]}; fetch or train it again")
-    for key in ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block"):
-        theirs, ours = controlnet.config[key], base.unet.config[key]
-        if json.dumps(theirs) != json.dumps(ours):  # a tuple and a list of the same channels are the same
-            raise UserError(f"{name}: is made for another base: {key} is {theirs}, here {ours}")
-    if 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1) != base.info.vae_factor:
-        raise UserError(f"{name}: does not reduce hints by {base.info.vae_factor}, as the base's VAE does")
-    return controlnet.to(base.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    info = inspect_controlnet(name, base.info)
+    info = info if info.known else fetch_controlnet(name, base.info)
+    make = ControlNetModel.from_config
+    controlnet = load_model(f"{name}: as a ControlNet it", make, info.config, info.places, base.dtype)
+    return controlnet.to(base.device, memory_format=torch.channels_last)
 
 
 class _SeededStart:

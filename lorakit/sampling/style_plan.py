@@ -12,6 +12,8 @@ from lorakit.pictures.images import IMAGE_SUFFIXES, image_size
 from lorakit.pictures.views import assign_shapes
 from lorakit.sampling.config import SamplingConfig
 from lorakit.weights.base import BaseInfo
+from lorakit.weights.controlnet import inspect_controlnet
+from lorakit.weights.hub import NOT_HERE
 
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 Threshold = Literal["auto"] | Annotated[float, Field(ge=0, le=2040)]
@@ -29,7 +31,7 @@ class StyleConfig(SamplingConfig):
 
     strength: float = Field(0.6, gt=0, le=1, description="how far towards noise the picture is taken, and the share of the steps that is run; 1: its colours are forgotten")
 
-    controlnet: str | None = Field("auto", min_length=1, description="folder or hub id of a ControlNet for Canny edges; auto: the base's own folder controlnet, if there is one; null: none, plain SDEdit")
+    controlnet: str | None = Field("auto", min_length=1, description="folder, .safetensors file or hub id of a ControlNet for Canny edges; auto: the base's own folder controlnet, if there is one; null: none, plain SDEdit")
     controlnet_conditioning_scale: float = Field(0.7, ge=0, le=2, description="how firmly the edges are held")
     control_guidance_start: float = Field(0.0, ge=0, le=1, description="share of the steps after which they begin to be")
     control_guidance_end: float = Field(1.0, ge=0, le=1, description="share after which they are no longer; 0.6 to 0.8 lets lines be restyled")
@@ -82,17 +84,17 @@ def controlnet_of(cfg: StyleConfig, info: BaseInfo) -> str | None:
     """The ControlNet that `auto` stands for, or the one that is named."""
     if cfg.controlnet != "auto":
         return cfg.controlnet
-    own = Path(cfg.pretrained_model_name_or_path) / "controlnet"
-    return str(own) if own.is_dir() else None
+    own = info.root / "controlnet" if info.root else None
+    return str(own) if own and own.is_dir() else None
 
 
 def notes_of(cfg: StyleConfig, info: BaseInfo, paths: list[str]) -> list[str]:
     """What a user should know before the work begins.
 
     Raises:
-        UserError: steps that would not be any.
+        UserError: steps that would not be any, or a ControlNet that does not fit.
     """
-    notes = []
+    notes = [*info.notes, *_controlnet_notes(cfg, info)]
     for _, cell in cfg.numbered_cells():
         cell, own = cell.resolved()
         notes += own
@@ -105,6 +107,13 @@ def notes_of(cfg: StyleConfig, info: BaseInfo, paths: list[str]) -> list[str]:
         size, shape = image_size(path), shape_of(cfg, info, path)
         if size != shape:
             notes.append(f"{path} is {size[0]}x{size[1]}, restyled at {shape[0]}x{shape[1]}")
-    if cfg.controlnet == "auto" and controlnet_of(cfg, info) is None:
-        notes.append(f"{info.name} has no ControlNet: plain SDEdit, so that strength alone keeps the scene")
     return notes
+
+
+def _controlnet_notes(cfg: StyleConfig, info: BaseInfo) -> list[str]:
+    if not info.known or cfg.controlnet is None:
+        return []
+    if (name := controlnet_of(cfg, info)) is None:
+        return [f"{info.name} has no ControlNet: plain SDEdit, so that strength alone keeps the scene"]
+    is_here = inspect_controlnet(name, info).known
+    return [] if is_here else [f"{name}: {NOT_HERE}: fetched from the hub when work starts"]

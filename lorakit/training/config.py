@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from lorakit.ground.config import Config
 from lorakit.training.objective_config import ObjectiveName, check_objectives
-from lorakit.weights.base_settings import ClipSkip, PredictionType
+from lorakit.weights.base_settings import BaseConfig, ClipSkip, PredictionType
 
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -28,6 +28,7 @@ class TrainConfig(Config):
     }
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
+    base_config: BaseConfig = None
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="compute dtype of the frozen base; auto: fp16 or bf16 if the launcher says so, else bf16 (or fp16) on a CUDA GPU and float32 elsewhere. LoRA weights are float32 always")
     prediction_type: PredictionType = None
     clip_skip: ClipSkip = None

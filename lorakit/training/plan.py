@@ -49,7 +49,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         UserError: of one of the kinds DataError, BaseError, or for sizes that do not fit together.
     """
     _check_names(cfg)
-    base = base or inspect_base(cfg.pretrained_model_name_or_path, prediction_type=cfg.prediction_type)
+    base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_clip_skip(base, cfg.clip_skip)
     _check_targets(cfg, base)
     resolution = cfg.resolution or base.resolution
@@ -94,7 +94,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         total_batch=total_batch,
         steps=steps,
         cache_dir=_cache_dir(cfg),
-        notes=tuple(_notes(table, shapes, validation)),
+        notes=(*base.notes, *_notes(table, shapes, validation)),
     )
 
 

@@ -37,7 +37,7 @@ CONFIG_FILES = {
     for part in ("unet", "vae", "text_encoder", "scheduler")
 }
 PIECE = 16 << 20  # bytes that are hashed at a time
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_INSTEAD = "name a local folder or file instead; the embedded base is ckpt/miniature"
 _READ_HERE = "name a whole folder of Stable Diffusion 1.x or 2.x"
 
 
@@ -106,7 +106,7 @@ def inspect_base(name: str, base_config: str | None = None, prediction_type: str
         raise BaseError(f"base_config: {name} has configs of its own; leave base_config out")
     elif path.is_dir():
         info = _inspect_folder(name, path)
-    elif path.suffix or not HUB_ID.fullmatch(name) or name.split("/")[0] in ("ckpt", ".", ".."):
+    elif not hub.is_id(name):
         raise BaseError(f"{name}: no such folder or file (paths are relative to {Path.cwd()})")
     else:
         info = _inspect_hub(name)
@@ -119,10 +119,10 @@ def fetch_base(info: BaseInfo, prediction_type: str | None = None) -> BaseInfo:
     Raises:
         BaseError: it cannot be fetched, or is none of Stable Diffusion 1.x and 2.x.
     """
-    names = hub.list_files(info.name)
-    configs = hub.download(info.name, hub.small_files(names))
-    _read_configs(info.name, configs)
-    root = hub.download(info.name, hub.used_files(names))
+    names = hub.list_files(info.name, _INSTEAD)
+    files = hub.used_files(info.name, names)
+    _read_configs(info.name, hub.download(info.name, hub.small_files(names), _INSTEAD))
+    root = hub.download(info.name, files, _INSTEAD)
     found = _inspect_folder(info.name, root, "hub")
     return replace(found, prediction_type=prediction_type) if prediction_type else found
 

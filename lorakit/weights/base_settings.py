@@ -10,7 +10,11 @@ from lorakit.ground.errors import UserError
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.tensors import read_header
 
-_PREDICTION_TYPE = "what the U-Net predicts; null: as the base's scheduler says"
+_PREDICTION_TYPE = "what the U-Net predicts; null: as the base says"
+_BASE_CONFIG = (
+    "diffusers folder with whose configs and tokenizer a single file is read, its weights are not; null: as "
+    "Stable Diffusion 1.x or 2.x has them"
+)
 _CLIP_SKIP = (
     "layer of the text encoder that is read, counted from its end as in A1111 and kohya's scripts: 1 or null "
     "is the last, 2 the last but one; the final layer norm follows. diffusers counts from 0: its 1 is 2 here"
@@ -18,6 +22,7 @@ _CLIP_SKIP = (
 PredictionType = Annotated[
     Literal["epsilon", "v_prediction", "sample"] | None, Field(description=_PREDICTION_TYPE)
 ]
+BaseConfig = Annotated[str | None, Field(min_length=1, description=_BASE_CONFIG)]
 ClipSkip = Annotated[Annotated[int, Field(ge=1)] | None, Field(description=_CLIP_SKIP)]
 CLIP_SKIP_KEY = "ss_clip_skip"
 """kohya's key in the metadata of a LoRA; "None" stands for the last layer."""

@@ -9,7 +9,12 @@ from typing import Any
 from lorakit.weights.part_files import BaseError
 
 _FOLDER = Path(__file__).with_name("published")
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "controlnet": "ControlNetModel",
+}
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 
 

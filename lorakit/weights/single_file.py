@@ -22,12 +22,12 @@ _OTHERS = (
     (
         r".*lora.*|.*\.(hada_w|lokr_w|oft_).*|(unet|text_encoder):\d+:.*",
         "is a LoRA, not a base",
-        "give it as a LoRA beside the base that it is made for",
+        "give it as a LoRA beside its base: a diffusers folder, a checkpoint or a hub id",
     ),
     (r"emb_params|string_to_param.*", "is a textual inversion, not a base", "name a base"),
     (
         r"control_model\..*|(controlnet_cond_embedding|input_hint_block|zero_convs)\..*",
-        "is a ControlNet alone",
+        "is a ControlNet",
         "give it as controlnet in style_transfer.py, beside a base",
     ),
     (r".*temporal_transformer\..*", "is a motion module, not a base", "name a base"),

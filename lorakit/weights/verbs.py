@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from lorakit.ground.command import Command, parse_command
 from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
+from lorakit.weights.base_settings import BaseConfig
 
 Files = list[tuple[str, float | None]]
 """Path and weight in the order of the command line; None where no weight is given."""
@@ -56,11 +57,13 @@ class Resize(Truncated):
 
 class Extract(Resize):
     targets: Literal["attention", "attention+ff", "all"] = Field("all", description="modules: attention projections; with feed-forward and projections; with convolutions")
+    base_config: BaseConfig = None
 
 
 class Folder(Config):
-    out: str = Field(description="base folder to write")
-    overwrite: bool = Field(False, description="replace it if it is a base folder")
+    out: str = Field(description="base to write: a folder, or a .safetensors file where BASE is one")
+    overwrite: bool = Field(False, description="replace it if it is a base")
+    base_config: BaseConfig = None
 
 
 class Retrain(Config):
@@ -83,8 +86,8 @@ VERBS = {
     "scale": Verb(Output, "FILE=WEIGHT", (1, 1), "one LoRA times a weight"),
     "resize": Verb(Resize, "FILE", (1, 1), "a lower rank, by SVD"),
     "convert": Verb(Truncated, "FILE", (1, 1), "another layout, without loss; numbered modules are named, LoHa and LoKr become LoRA"),
-    "merge": Verb(Folder, "BASE FILE[=WEIGHT] ...", (2, math.inf), "a base folder with LoRAs in its weights; weight -1 takes one out again"),
-    "extract": Verb(Extract, "BASE TUNED", (2, 2), "the difference of two base folders as a LoRA"),
+    "merge": Verb(Folder, "BASE FILE[=WEIGHT] ...", (2, math.inf), "a base with LoRAs in its weights: a folder, a checkpoint or a cached hub id; weight -1 takes one out again"),
+    "extract": Verb(Extract, "BASE TUNED", (2, 2), "the difference of two bases as a LoRA"),
     "diff": Verb(Table, "FILE FILE", (2, 2), "two LoRAs: config, norms, and cosine per module"),
     "retrain": Verb(Retrain, "FILE", (1, 1), "the training config out of a LoRA's metadata"),
 }

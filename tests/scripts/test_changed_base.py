@@ -111,7 +111,7 @@ def test_a_base_that_is_known_only_once_it_is_loaded_is_compared_then(trained, s
     from lorakit.weights.base import BaseInfo, inspect_base
 
     unknown = {"kind": "hub", "resolution": 16, "size_multiple": 4}
-    monkeypatch.setattr(plan, "inspect_base", lambda name, **_: BaseInfo(name, **unknown))
+    monkeypatch.setattr(plan, "inspect_base", lambda name, *_, **__: BaseInfo(name, **unknown))
     monkeypatch.setattr(models, "fetch_base", lambda info, _: inspect_base(info.name))
     options = {"pretrained_model_name_or_path": str(base), "resume_from_checkpoint": True}
     trained(**options, max_train_steps=2)

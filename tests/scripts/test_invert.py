@@ -146,7 +146,7 @@ def test_a_prompt_that_is_too_long_is_said_once_its_base_is_fetched(
     from lorakit.diffusion import inversion_plan, models
     from lorakit.weights.base import BaseInfo, inspect_base
 
-    monkeypatch.setattr(inversion_plan, "inspect_base", lambda name, **_: BaseInfo(name, "hub"))
+    monkeypatch.setattr(inversion_plan, "inspect_base", lambda name, *_, **__: BaseInfo(name, "hub"))
     monkeypatch.setattr(models, "fetch_base", lambda *_: inspect_base(str(tiny_base)))
     options = {
         "prompt": "a lake " * 40,

@@ -339,7 +339,7 @@ def hub(monkeypatch):
         """Returns the names of those that have been fetched."""
         here = set()
 
-        def inspect(name, **_):
+        def inspect(name, *_):
             if name not in here:
                 return BaseInfo(name, "hub")
             return replace(inspect_base(str(folders[name])), name=name, kind="hub")

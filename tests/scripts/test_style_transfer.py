@@ -296,7 +296,7 @@ def test_a_controlnet_that_does_not_fit_is_refused_by_its_name_and_what_differs(
     (weights,) = cut.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:2000])
     (tmp_path / "empty").mkdir()
-    single = shutil.copy(Path(controlnets["fresh"]) / weights.name, tmp_path / "single.safetensors")
+    single = shutil.copy(base.info.files["unet"], tmp_path / "single.safetensors")
     part = shutil.copytree(controlnets["fresh"], tmp_path / "part")
     from safetensors.torch import load_file, save_file
 

@@ -7,6 +7,7 @@ import inspect
 import json
 from typing import Any
 
+MODELS = ("AutoencoderKL", "ControlNetModel", "UNet2DConditionModel")
 SCHEDULERS = (
     *("DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
     *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
@@ -24,7 +25,7 @@ def class_defaults() -> dict[str, dict[str, Any]]:
     import diffusers
     from transformers import CLIPTextConfig, PreTrainedConfig
 
-    found = {name: signature(getattr(diffusers, name)) for name in ("AutoencoderKL", "UNet2DConditionModel")}
+    found = {name: signature(getattr(diffusers, name)) for name in MODELS}
     shared = signature(PreTrainedConfig)
     own = signature(CLIPTextConfig)
     found["CLIPTextModel"] = {key: own[key] for key in own if key not in shared}

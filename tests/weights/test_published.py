@@ -6,7 +6,7 @@ from pathlib import Path
 
 import narrow
 import pytest
-from class_defaults import SCHEDULERS, class_defaults
+from class_defaults import MODELS, SCHEDULERS, class_defaults
 
 from lorakit.weights.part_files import BaseError
 from lorakit.weights.published import completed, family_configs, load_tokenizer
@@ -19,7 +19,7 @@ def test_the_table_of_defaults_is_that_of_the_classes():
     """Where it fails, the libraries have changed: `python tests/weights/class_defaults.py > TABLE`."""
     table = json.loads(TABLE.read_text())
     assert table == class_defaults()
-    assert {"AutoencoderKL", "UNet2DConditionModel", "CLIPTextModel", *SCHEDULERS} == set(table)
+    assert {*MODELS, "CLIPTextModel", *SCHEDULERS} == set(table)
 
 
 def test_what_a_config_leaves_out_is_filled_in_and_what_it_says_stays():

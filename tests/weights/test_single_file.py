@@ -152,8 +152,11 @@ OTHERS = {
     "text encoder": ({"text_model.encoder.layers.0.mlp.fc1.weight": [1]}, ["text encoder alone"]),
     "no VAE": (UNET | TEXT, ["without its autoencoder"]),
     "no text encoder": (UNET | VAE, ["without its text encoder"]),
-    "ControlNet": ({"control_model.time_embed.0.weight": [1]}, ["a ControlNet alone", "controlnet"]),
-    "ControlNet of diffusers": ({"controlnet_cond_embedding.conv_in.weight": [1]}, ["a ControlNet alone"]),
+    "ControlNet": (
+        {"control_model.time_embed.0.weight": [1]},
+        ["is a ControlNet", "controlnet in style_transfer.py"],
+    ),
+    "ControlNet of diffusers": ({"controlnet_cond_embedding.conv_in.weight": [1]}, ["is a ControlNet"]),
     "motion": ({"down_blocks.0.motion_modules.0.temporal_transformer.norm.bias": [1]}, ["motion module"]),
     "SDXL": (UNET | VAE | {"conditioner.embedders.0.transformer.weight": [1]}, ["an SDXL checkpoint"]),
     "SD3": ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": [1]}, ["Stable Diffusion 3"]),
