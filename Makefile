@@ -6,7 +6,7 @@ HELP := COLUMNS=100 PYTHON_COLORS=0 $(PY)
 SCRIPTS := train_lora generate style_transfer morph invert mix_lora
 VERBS := inspect mix scale resize convert merge extract diff retrain
 
-.PHONY: demo test quick soak check bench texts schema help-texts miniature clean
+.PHONY: demo test quick soak check bench gpu texts schema help-texts miniature clean
 
 demo: .venv/run            ## train both mountain LoRAs on the embedded miniature, show what came out, and morph
 	$(PY) demo.py
@@ -29,6 +29,10 @@ bench: .venv/run           ## time a training step, a morph and a picture agains
 	$(PY) benchmarks/train.py
 	$(PY) benchmarks/morph.py
 	$(PY) benchmarks/style.py
+
+minutes ?= 8
+gpu: .venv/dev             ## what a GPU does, in minutes=8; peer=PATH device=cpu base=narrow; its last line is JSON
+	$(PY) benchmarks/gpu.py $(foreach key,minutes peer device base,$(if $($(key)),$(key)=$($(key))))
 
 texts: schema help-texts   ## write what is committed and follows from the keys of the configs
 

@@ -52,26 +52,48 @@ SD15_TEXT: dict[str, Any] = dict(
 )
 
 
-def build_sd15(folder: Path) -> None:
-    """A base of Stable Diffusion 1.5's shape: random weights in half precision, the miniature's tokenizer."""
+def build_sd15(folder: Path, divisor: int = 1, side: int = 512, device: str = "cpu") -> None:
+    """A base of Stable Diffusion 1.5's shape: random weights in half precision, the miniature's tokenizer.
+
+    Args:
+        divisor: what its widths are divided by; the U-Net's and the VAE's stay multiples of 32.
+        side: pixels, its resolution.
+        device: where weights are drawn; a GPU takes seconds of what a CPU takes.
+    """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+    def narrowed(channels: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(max(32, round(count / divisor / 32) * 32) for count in channels)
+
+    unet = SD15_UNET | {"sample_size": side // 8, "cross_attention_dim": text_width(divisor)}
+    unet["block_out_channels"] = narrowed(unet["block_out_channels"])
+    vae = SD15_VAE | {"sample_size": side, "block_out_channels": narrowed(SD15_VAE["block_out_channels"])}
+    text = SD15_TEXT | {"hidden_size": text_width(divisor), "intermediate_size": 4 * text_width(divisor)}
+    tokenizer = CLIPTokenizer.from_pretrained(
+        ROOT / "ckpt/miniature", subfolder="tokenizer", model_max_length=77
+    )
     torch.manual_seed(0)
-    parts: dict[str, Any] = {
-        "vae": AutoencoderKL(**SD15_VAE),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15_TEXT)),
-        "tokenizer": CLIPTokenizer.from_pretrained(
-            ROOT / "ckpt/miniature", subfolder="tokenizer", model_max_length=77
-        ),
-        "unet": UNet2DConditionModel(**SD15_UNET),
+    with torch.device(device):
+        models = {
+            "vae": AutoencoderKL(**vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
+            "unet": UNet2DConditionModel(**unet),
+        }
+    parts: dict[str, Any] = models | {
+        "tokenizer": tokenizer,
         "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         "safety_checker": None,
         "feature_extractor": None,
     }
     pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.to(torch.float16).save_pretrained(folder)
+
+
+def text_width(divisor: int) -> int:
+    """Of SD 1.5's text divided by `divisor`, for twelve heads."""
+    return max(12, round(SD15_TEXT["hidden_size"] / divisor / 12) * 12)
 
 
 def settings(args: argparse.Namespace, folder: str) -> list[str]:
@@ -146,13 +168,13 @@ def timed_blocks(args: argparse.Namespace, accelerator, step) -> list[float]:
     return seconds
 
 
-def time_bare(args: argparse.Namespace) -> list[float]:
+def time_bare(args: argparse.Namespace, batch: int = 1) -> list[float]:
     import torch
 
     accelerator, base, unet, optimizer, params = set_up(args)
     side, width = base.unet.config.sample_size, base.unet.config.cross_attention_dim
-    latents, noise = torch.randn(2, 1, base.info.latent_channels, side, side, device=base.device)
-    embeds = torch.randn(1, base.info.max_tokens, width, device=base.device)
+    latents, noise = torch.randn(2, batch, base.info.latent_channels, side, side, device=base.device)
+    embeds = torch.randn(batch, base.info.max_tokens, width, device=base.device)
     timestep = torch.tensor([500], device=base.device)
 
     def step() -> None:
