@@ -62,7 +62,7 @@ def train(
     from lorakit.training.setup import Learner, start_processes
     from lorakit.training.watch import Metrics, validation_loss
 
-    # -- processes, and the frozen base with the LoRA in it
+    # -- processes, and the frozen base
     accelerator = start_processes(cfg, plan, decisions.trackers(cfg))
     main = accelerator.is_main_process
     say = tqdm.write if main else str
@@ -72,16 +72,6 @@ def train(
         plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps)
         if resume is not None:
             check_base(resume, base.info)
-    learner = Learner(cfg, base, accelerator, plan.steps)
-    unet, text_encoder = learner.unet, learner.text_encoder
-    objective = make_objective(cfg)
-    if learner.without_xformers:
-        say(f"attention   torch SDPA is used: {learner.without_xformers}")
-    say(
-        f"training    {sum(p.numel() for p in learner.params):,} parameters, {plan.steps} steps of "
-        f"{plan.total_batch}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"{str(base.dtype).removeprefix('torch.')}"
-    )
 
     with StopFlag() as stop, contextlib.ExitStack() as closing:
 
@@ -90,9 +80,20 @@ def train(
                 raise StoppedError(f"before the first step; what is cached stays. To go on: {hint}", signum)
 
         # -- data: latents and text states, from the caches
-        data, validation, sheet = prepare(cfg, plan, base, accelerator, text_encoder, run, stop_early)
+        data, validation, sheet = prepare(cfg, plan, base, accelerator, run, stop_early)
         order = sample_order(cfg.seed, plan.shapes, plan.total_batch, plan.steps)
-        models = learner.models(data)
+
+        # -- the LoRA in the base, and its optimizer
+        learner = Learner(cfg, base, accelerator, plan.steps)
+        unet, text_encoder, models = learner.unet, learner.text_encoder, learner.models(data)
+        objective = make_objective(cfg)
+        if learner.without_xformers:
+            say(f"attention   torch SDPA is used: {learner.without_xformers}")
+        say(
+            f"training    {sum(p.numel() for p in learner.params):,} parameters, {plan.steps} steps of "
+            f"{plan.total_batch}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+            f"{str(base.dtype).removeprefix('torch.')}"
+        )
 
         # -- counters, new or from a checkpoint
         progress = Progress()

@@ -328,7 +328,7 @@ def caching(setup: Setup, size: Size) -> dict[str, Any]:
     base = Base(plan.base, accelerator.device, compute_dtype(cfg.mixed_precision))
     assert base.vae and base.text_encoder
     begun = time.perf_counter()
-    prepare(cfg, plan, base, accelerator, None, Path(cfg.output_dir) / "caching")
+    prepare(cfg, plan, base, accelerator, Path(cfg.output_dir) / "caching")
     seconds = (time.perf_counter() - begun) / size.pictures
     return figures("picture", 1, seconds, precision())
 

@@ -227,7 +227,7 @@ class EncoderDistance(FeatureDistance):
         self.base = base
 
     def levels(self, image: Tensor) -> list[Tensor]:
-        encoder = self.base.vae.to(self.base.device).encoder
+        encoder = self.base.vae.encoder
         x = image.to(self.base.device, torch.float32).contiguous(memory_format=torch.channels_last)
         x = encoder.conv_in(x)
         found = []

@@ -113,9 +113,8 @@ class Base:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Moments of the VAE's posterior, (B, 2C, h, w): mean and log-variance, unscaled, float32."""
-        vae = self.vae.to(self.device)
         image = image.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-        return vae.encode(image).latent_dist.parameters
+        return self.vae.encode(image).latent_dist.parameters
 
     def mean_latents(self, image: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w), float32: the mean of the posterior, not a draw from it."""
@@ -124,20 +123,17 @@ class Base:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) from scaled latents, float32."""
-        vae = self.vae.to(self.device)
         latents = latents.to(self.device, torch.float32) / self.scaling_factor
-        return vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+        return self.vae.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
 
     def decode_pictures(self, latents: Tensor) -> list[Image.Image]:
         """One at a time: it is the VAE that needs the most memory for a large picture."""
         return [from_array(self.decode(latent[None])[0].cpu().numpy()) for latent in latents]
 
-    def park(self, keep_text_encoder: bool = False) -> None:
-        """Free the device of what training steps do not need; the VAE waits on the CPU until it is used."""
-        if "vae" in vars(self):
-            self.vae.to("cpu")
-        if not keep_text_encoder and "text_encoder" in vars(self):
-            vars(self).pop("text_encoder").to("cpu")
+    def drop(self, *parts: str) -> None:
+        """Free the memory of parts that are not needed for now; the next touch reads them again."""
+        for part in parts:
+            vars(self).pop(part, None)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids (B, L) on the device, padded and cut to the tokenizer's own length."""

@@ -17,6 +17,7 @@ from lorakit.weights.lora_file import TARGET_PRESETS
 from lorakit.weights.tokens import overlong
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
+LIBRARIES = 450_000_000  # bytes of a process on the CPU that has imported torch, diffusers and peft
 RESNET_TENSORS = 10.0
 TRANSFORMER_TENSORS = 25.0
 

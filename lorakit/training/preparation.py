@@ -29,14 +29,15 @@ def prepare(
     plan: Plan,
     base: Base,
     accelerator,
-    text_encoder,
     run: Path,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[TrainingData, TrainingData, SampleSheet]:
     """Fill the caches and return training data, validation data, and the sheet of samples.
 
-    Every process encodes its share of the pictures. `between` is called after each.
+    Every process encodes its share of the pictures. `between` is called after each. The U-Net is not touched,
+    and what steps do not need is dropped.
     """
+    text_encoder = base.text_encoder if cfg.train_text_encoder else None
     prompts = cfg.sample_prompts or tuple(dict.fromkeys(row.caption for row in plan.table.rows))[:2]
     common = (cfg, plan, base, accelerator, between)
     views = training_views(cfg, plan)
@@ -61,7 +62,7 @@ def prepare(
         steps=cfg.sample_inference_steps,
         guidance_scale=cfg.sample_guidance_scale,
     )
-    base.park(keep_text_encoder=text_encoder is not None)
+    base.drop("vae", *([] if cfg.train_text_encoder else ["text_encoder"]))
     return data, validation, sheet
 
 

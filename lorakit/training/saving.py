@@ -17,7 +17,7 @@ from lorakit.training.lora_check import verify_file, verify_in_diffusers
 from lorakit.training.plan import Plan, result_paths
 from lorakit.training.progress import Modules, Progress
 from lorakit.training.resume import STATE_VERSION, read_state
-from lorakit.training.setup import Learner
+from lorakit.training.setup import Learner, resolve_precision
 from lorakit.weights.lora_file import component_of, lora_bytes
 from lorakit.weights.lora_metadata import Component, training_metadata
 from lorakit.weights.lora_reader import read_lora
@@ -116,6 +116,7 @@ def write_lora(
         base_name=base.name,
         cross_attention_dim=base.cross_attention_dim,
         prediction_type=cfg.prediction_type or base.prediction_type,
+        mixed_precision=resolve_precision(cfg.mixed_precision),
         resolution=plan.resolution,
         steps=step,
         epochs=step * plan.total_batch // pictures,

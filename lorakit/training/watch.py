@@ -153,7 +153,7 @@ class SampleSheet:
             kind = type(error).__name__
             log.warning("samples at step %d failed, training goes on: %s: %s", step, kind, error)
         finally:
-            self.base.park(keep_text_encoder=True)
+            self.base.drop("vae")
 
     def _forget_others(self) -> None:
         """Remove the pictures of other prompts, seeds or sampler settings, which a sheet would mislabel."""

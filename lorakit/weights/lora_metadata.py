@@ -112,7 +112,6 @@ _SS_FROM_CONFIG = {
     "ss_learning_rate": "learning_rate",
     "ss_lr_scheduler": "lr_scheduler_name",
     "ss_min_snr_gamma": "snr_gamma",
-    "ss_mixed_precision": "mixed_precision",
     "ss_noise_offset": "noise_offset",
     "ss_optimizer": "optimizer",
     "ss_seed": "seed",
@@ -128,6 +127,7 @@ def training_metadata(
     base_name: str,
     cross_attention_dim: int,
     prediction_type: str,
+    mixed_precision: str,
     resolution: int,
     steps: int,
     epochs: int,
@@ -142,6 +142,7 @@ def training_metadata(
         config: resolved, as JSON types; a run's folders and `resume_from_checkpoint` are left out.
         cross_attention_dim: of the U-Net; 1024 marks SD 2.x.
         prediction_type: of the scheduler: "epsilon", "v_prediction" or "sample".
+        mixed_precision: what was used, not "auto": "no", "fp16" or "bf16".
         resolution: pixels.
     """
     is_v2, is_v = cross_attention_dim == 1024, prediction_type == "v_prediction"
@@ -150,6 +151,7 @@ def training_metadata(
     ss_from_config = {ss: str(kept[key]) for ss, key in _SS_FROM_CONFIG.items() if kept.get(key) is not None}
     return ss_from_config | {
         "ss_clip_skip": str(kept.get("clip_skip") or 1),
+        "ss_mixed_precision": mixed_precision,
         "ss_output_name": name,
         "ss_v2": str(is_v2),
         "ss_base_model_version": ("sd_v2" if is_v2 else "sd_v1") + ("_v" if is_v else ""),

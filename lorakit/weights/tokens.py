@@ -1,13 +1,19 @@
-"""What a base's text encoder does not read of a text, since it is too long. No torch here."""
+"""What a base's text encoder does not read of a text, or reads as it stands. No torch here."""
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.part_files import BaseError
 from lorakit.weights.published import load_tokenizer
+
+# What A1111 and programs like it do not draw but obey: a LoRA, (word:1.2), ((word)), [word], BREAK.
+_MARKS = re.compile(
+    r"<(?:lora|lyco|hypernet):[^<>]*>|\([^()]*:\s*\d*\.?\d+\s*\)|\(\(.*?\)\)|(?<!\\)\[[^\[\]]*\]|\bBREAK\b"
+)
 
 
 class Overlong(NamedTuple):
@@ -46,9 +52,21 @@ def overlong(info: BaseInfo, texts: Sequence[str], tokenizer: Any = None) -> lis
 
 
 def unread_notes(info: BaseInfo, prompts: Sequence[str], tokenizer: Any = None) -> list[str]:
-    """A line for each prompt whose end has no effect; arguments and errors are those of `overlong`."""
-    found = overlong(info, list(dict.fromkeys(prompts)), tokenizer)
-    return [f"a prompt is over {each.limit} tokens: “{each.words}” is not read" for each in found]
+    """A line for each prompt whose end has no effect, and for those with marks that are obeyed elsewhere.
+
+    Arguments and errors are those of `overlong`.
+    """
+    prompts = list(dict.fromkeys(prompts))
+    found = overlong(info, prompts, tokenizer)
+    notes = [f"a prompt is over {each.limit} tokens: “{each.words}” is not read" for each in found]
+    marked = (", ".join(dict.fromkeys(_MARKS.findall(prompt))) for prompt in prompts)
+    notes += [
+        f"a prompt has marks of A1111, which are read as plain text here: {marks}; write it without them, "
+        "and name LoRAs in the config"
+        for marks in dict.fromkeys(marked)
+        if marks
+    ]
+    return notes
 
 
 def _read_tokenizer(info: BaseInfo) -> tuple[Any, float]:

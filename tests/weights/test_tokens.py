@@ -93,3 +93,17 @@ def test_a_damaged_tokenizer_is_named(base, name):
     (base / "tokenizer" / name).write_text("{")
     with pytest.raises(BaseError, match="tokenizer: cannot be loaded"):
         unread_notes(inspect_base(str(base)), [FITS])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "marks"),
+    [
+        ("a (red:1.3) cat, ((best quality)), [blurry]", "(red:1.3), ((best quality)), [blurry]"),
+        ("a cat BREAK a dog, <lora:ink:0.8>, (blue: .5)", "BREAK, <lora:ink:0.8>, (blue: .5)"),
+        ("a cat (a tabby), 10:30, breakfast, :), a < b > c, rem \\(re:zero\\), \\[x]", ""),
+    ],
+)
+def test_marks_that_are_obeyed_elsewhere_are_said(tiny_base, prompt, marks):
+    for info in (inspect_base(str(tiny_base)), BaseInfo("some/base", "hub")):  # what is not here yet too
+        notes = [note for note in unread_notes(info, [prompt, prompt, "a cat"]) if "marks" in note]
+        assert [note.split("here: ")[1].split("; write")[0] for note in notes] == [marks][: bool(marks)]
