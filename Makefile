@@ -6,7 +6,7 @@ HELP := COLUMNS=100 PYTHON_COLORS=0 $(PY)
 SCRIPTS := train_lora generate style_transfer morph invert mix_lora
 VERBS := inspect mix scale resize convert merge extract diff retrain
 
-.PHONY: demo test quick soak check bench gpu texts schema help-texts miniature clean
+.PHONY: demo test quick times soak check bench gpu texts schema help-texts miniature clean
 
 demo: .venv/run            ## train both mountain LoRAs on the embedded miniature, show what came out, and morph
 	$(PY) demo.py
@@ -14,8 +14,11 @@ demo: .venv/run            ## train both mountain LoRAs on the embedded miniatur
 test: .venv/dev            ## all tests, on all processors
 	$(TESTS) -m "not net"
 
-quick: .venv/dev           ## before each commit: the tests that take no more than seconds
+quick: .venv/dev           ## before each commit: what takes no time, and a run of each script
 	$(TESTS) -m "not net and not slow"
+
+times: .venv/dev           ## all tests, and what each takes into tests/times.json
+	$(TESTS) -m "not net" --times
 
 soak: .venv/dev            ## half an hour of kills and damaged input; its last line is JSON
 	$(PY) tests/soak.py minutes=30 seed=0

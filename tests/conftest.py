@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -29,13 +30,23 @@ hypothesis.settings.load_profile("any machine")
 # ---- workers: docs/TESTING.md ----
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
-LONG = 10.0  # seconds; a test that takes as long and is not marked is named at the end
+TIMES = ROOT / "tests/times.json"
+SLOW = 0.3  # seconds of a case of a test, in the mean, from which it is marked and its time is kept
+NEW = 10.0  # seconds; a test that takes as long and whose time is not known is named at the end
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--times", action="store_true", help=f"keep what each test takes in {TIMES.name}")
+
+
+@cache
+def known_times() -> dict[str, float]:
+    return json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
 
 
 def seconds_of(item: pytest.Item) -> float:
-    """What the marker `slow` says that a test takes, 0 without one."""
-    mark = item.get_closest_marker("slow")
-    return (mark.args or (5.0,))[0] if mark else 0.0
+    """What one case of a test took in the last `make times`; 0 if that was nothing much, or is not known."""
+    return known_times().get(item.nodeid.split("[")[0], 0.0)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -44,8 +55,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return small.processors(2 * 2**30)
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Among workers what takes long goes first, file by file: none shall be left alone with it at the end."""
+    """Marks what is slow. Among workers it goes first, file by file: none shall be left alone with it."""
+    for item in items:
+        if seconds_of(item) and item.get_closest_marker("quick") is None:
+            item.add_marker("slow")
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     of_file: Counter[Path] = Counter()
@@ -76,7 +91,7 @@ def pytest_testnodedown(node) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Says which slow tests were left out, and which ought to be marked so."""
+    """Says which slow tests were left out, and whose times are not known; keeps them if that is asked for."""
     left_out = terminalreporter.config.stash[LEFT_OUT]
     if left_out:
         minutes = left_out.pop("seconds") / 60
@@ -84,14 +99,18 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(
             f"left out: {left_out.total()} slow tests, {minutes:.0f} minutes: {rooms}"
         )
-    took: Counter[str] = Counter()
+    took: dict[str, Counter[str]] = {}  # test -> case -> seconds
     for reports in terminalreporter.stats.values():
         for report in reports:
-            if isinstance(report, pytest.TestReport) and "slow" not in report.keywords:
-                took[report.nodeid] += report.duration
-    for name, seconds in took.most_common():
-        if seconds > LONG:
-            terminalreporter.write_line(f"not marked slow, took {seconds:.0f} s: {name}")
+            if isinstance(report, pytest.TestReport):
+                took.setdefault(report.nodeid.split("[")[0], Counter())[report.nodeid] += report.duration
+    means = {name: cases.total() / len(cases) for name, cases in took.items()}
+    if terminalreporter.config.option.times:
+        kept = {name: round(seconds, 1) for name, seconds in sorted(means.items()) if seconds >= SLOW}
+        TIMES.write_text(json.dumps(kept, indent=0) + "\n", encoding="utf-8")
+    for name, seconds in sorted(means.items(), key=lambda item: -item[1]):
+        if seconds > NEW and name not in known_times():
+            terminalreporter.write_line(f"took {seconds:.0f} s and is not in {TIMES.name}: {name}")
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def load_controlnet(name: str, base: Base) -> Any:
     info = info if info.known else fetch_controlnet(name, base.info)
     make = ControlNetModel.from_config
     controlnet = load_model(f"{name}: as a ControlNet it", make, info.config, info.places, base.dtype)
-    return controlnet.to(base.device, memory_format=torch.channels_last)
+    return controlnet.to(base.device)
 
 
 class _SeededStart:

@@ -308,7 +308,6 @@ def test_null_text_leads_back_and_its_embeddings_alone_say_how(network):
     assert not any(embeds[t].requires_grad for t in embeds)
 
 
-@pytest.mark.slow
 def test_null_text_on_the_miniature_is_nearer_than_ddim_under_guidance():
     from inversion_pipeline import InversionPipeline
 

@@ -258,7 +258,6 @@ def test_l3_a_signal_to_one_rank_stops_both_at_the_same_step(settings, tmp_path)
     assert 3 <= step < 4000 and verify_checkpoint(folder)
 
 
-@pytest.mark.slow
 def test_l5_sigterm_to_torchrun_stops_both_ranks_and_leaves_no_orphan(settings, tmp_path):
     options = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": 0}
     launch = torchrun("train_lora.py", settings(**options))

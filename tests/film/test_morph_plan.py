@@ -353,7 +353,13 @@ OTHER_VALUES = {
 
 def test_every_key_either_changes_the_fingerprint_or_only_shows_frames(planned):
     cfg, plan = planned()
-    content = {"images", "pretrained_model_name_or_path", "width", "height"}  # below, by what they stand for
+    content = {
+        "images",
+        "pretrained_model_name_or_path",
+        "base_config",
+        "width",
+        "height",
+    }  # what they stand for
     assert set(MorphConfig.model_fields) == set(OTHER_VALUES) | morph_plan.PRESENTATION | content
     one = fingerprint(cfg, plan, "no")
     for key, value in OTHER_VALUES.items():

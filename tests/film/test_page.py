@@ -252,7 +252,6 @@ def wait_until(tab, expression):
         tab.wait_for_timeout(20)
 
 
-@pytest.mark.slow
 def test_moving_the_slider_shows_another_frame(opened):
     tab = opened(morph_page("A morph", FRAMES, make_report(), other=OTHER))
     assert is_frame(tab, 0) and is_frame(tab, 0, OTHER_COLOURS, "#second img")
@@ -275,7 +274,6 @@ def test_moving_the_slider_shows_another_frame(opened):
     assert is_frame(tab, 5)
 
 
-@pytest.mark.slow
 def test_the_keys_step_jump_and_play(opened):
     tab = opened(morph_page("A morph", FRAMES, make_report()))
     for key, frame in [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 5), ("ArrowRight", 5)]:
@@ -295,7 +293,6 @@ def test_the_keys_step_jump_and_play(opened):
     assert tab.locator("#slider").input_value() == stopped and is_frame(tab, int(stopped))
 
 
-@pytest.mark.slow
 def test_playing_goes_back_and_forth_or_round(opened):
     tab = opened(morph_page("A morph", FRAMES, make_report()))
     record = """() => { window.went = []; new MutationObserver(() => went.push(Number(slider.value)))
@@ -316,7 +313,6 @@ def test_playing_goes_back_and_forth_or_round(opened):
     assert tab.evaluate("went.slice(0, 7)") == [1, 2, 3, 4, 5, 0, 1]
 
 
-@pytest.mark.slow
 def test_curves_thumbnails_and_pictures_jump(opened):
     tab = opened(morph_page("A morph", FRAMES, make_report()))
     curve = tab.locator("#speed-curve svg")
@@ -342,7 +338,6 @@ def test_curves_thumbnails_and_pictures_jump(opened):
     assert is_frame(tab, 5)
 
 
-@pytest.mark.slow
 def test_the_second_morph_can_be_shown_alone(opened):
     tab = opened(morph_page("A morph", FRAMES, make_report(), other=OTHER))
     states = []
@@ -356,7 +351,6 @@ def test_the_second_morph_can_be_shown_alone(opened):
     assert not alone.locator("#second").is_visible() and not alone.locator("#views").is_visible()
 
 
-@pytest.mark.slow
 def test_hostile_text_runs_nothing(opened):
     tab = opened(hostile_page())
     assert tab.evaluate("window.hacked") is None and tab.title() == HOSTILE.strip()
@@ -369,7 +363,6 @@ def test_hostile_text_runs_nothing(opened):
     assert control.evaluate("window.hacked") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("report", [{}, make_report(), make_report(other=make_report())])
 @pytest.mark.parametrize("width", [340, 1400])
 def test_it_fits_phones_and_desks_by_day_and_by_night(opened, width, report):
@@ -384,7 +377,6 @@ def test_it_fits_phones_and_desks_by_day_and_by_night(opened, width, report):
     assert grounds[0] > 200 and grounds[1] < 60
 
 
-@pytest.mark.slow
 def test_one_frame_is_a_page_too(opened):
     tab = opened(morph_page("A picture", FRAMES[:1], make_report()))
     tab.keyboard.press("Space")

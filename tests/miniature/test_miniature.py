@@ -74,7 +74,6 @@ def weights(checkpoint: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
 
-@pytest.mark.slow
 def test_the_recipe_makes_a_base_that_diffusers_and_this_toolkit_load(recipe):
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
@@ -108,7 +107,6 @@ def test_the_recipe_makes_a_base_that_diffusers_and_this_toolkit_load(recipe):
     assert controlled.shape == picture.shape and np.abs(controlled - picture).max() > 0
 
 
-@pytest.mark.slow
 def test_every_stage_encodes_with_the_values_that_are_shipped(recipe):
     _, vae, base, _ = recipe
     first = diffusion.load_vae(vae, torch.device("cpu")).state_dict()
@@ -118,7 +116,6 @@ def test_every_stage_encodes_with_the_values_that_are_shipped(recipe):
     assert scale == diffusion.load_vae(base / "vae", torch.device("cpu")).config.scaling_factor > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage, every", [("autoencoder", 1), ("text_to_image", 1), ("controlnet", 4)])
 def test_a_stopped_and_resumed_run_equals_a_straight_one(recipe, tmp_path, monkeypatch, stage, every):
     """A signal comes during step 2 of 4; the checkpoint of step 4 then has the same bytes."""
@@ -157,7 +154,6 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one(recipe, tmp_path, monke
     assert losses[resumed][4] == pytest.approx(sum(losses[straight][4 - k] for k in range(since)) / since)
 
 
-@pytest.mark.slow
 def test_another_config_does_not_resume_the_run(recipe):
     folder, _, _, _ = recipe
     cfg = autoencoder_config(folder, resume_from_checkpoint="latest", kl_weight=1.0)
@@ -240,7 +236,6 @@ def test_tables_leave_out_what_is_held_out_and_render_what_they_say(tmp_path):
         assert held_out("a photo", scene) == combination
 
 
-@pytest.mark.slow
 def test_several_processes_render_what_one_does(tmp_path):
     table = pictures.base_table(0, pictures.PART + 8, 32)
     several, one = (pictures.rendered(table, tmp_path / str(workers), workers) for workers in (None, 1))

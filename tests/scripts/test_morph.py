@@ -750,7 +750,6 @@ def fit_config(tmp_path: Path, **changes) -> str:
     return str(path)
 
 
-@pytest.mark.slow
 def test_a_missing_lora_is_fitted_to_its_picture_first(morphed, guarded, pictures, tmp_path):
     from lorakit.weights.lora_reader import read_lora
 
@@ -839,7 +838,6 @@ def test_a_probe_makes_the_speed_of_two_mountains_even(morphed):
     assert [image["endpoint_psnr_to_vae"] for image in even["images"]] == [None, None]
 
 
-@pytest.mark.slow
 def test_loras_that_are_mixed_up_are_warned_of_and_right_ones_are_not(morphed, trained):
     """Eight steps of training are enough to tell whose a LoRA is."""
     images = mountains()
@@ -870,7 +868,6 @@ def test_loras_that_are_mixed_up_are_warned_of_and_right_ones_are_not(morphed, t
         assert f"images.{k}: " in warning and "mixed up?" in warning
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_frames_and_give_what_one_gives(morphed, morph_settings, tmp_path):
     options = {"count": 3, "loop": True, "loras": (True, True, False), "formats": ["gif"]}
     single, _ = morphed(**options, name="single")

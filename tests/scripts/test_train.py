@@ -188,7 +188,6 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(trained, tmp_p
     assert relative_difference(checkpointed, plain) < 1e-5
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(trained, settings, tmp_path):
     single = trained(train_batch_size=2, lora_dropout=0.0)
     arguments = settings(train_batch_size=1, output_dir=str(tmp_path / "two"))
@@ -608,7 +607,6 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_after_the_step_and_the_printed_command_resumes(
     trained, settings, tmp_path, signum, code
@@ -629,7 +627,6 @@ def test_a_signal_stops_after_the_step_and_the_printed_command_resumes(
     assert sha(resumed) == sha(trained(output_dir=str(tmp_path / "straight"), **short))
 
 
-@pytest.mark.slow
 def test_a_launcher_that_dies_takes_the_training_with_it(settings, tmp_path):
     """accelerate launch passes no SIGTERM on; the training notices that its parent has gone."""
     arguments = settings(max_train_steps=100_000, checkpointing_steps=100_000, validation_steps=0)
@@ -660,7 +657,6 @@ def train_quietly(arguments: list[str]) -> None:
     sys.exit(train_lora.main(arguments))
 
 
-@pytest.mark.slow
 def test_kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run(trained, settings, tmp_path):
     """Children are forked from a server that has imported the libraries and runs no thread of its own."""
     import random
@@ -693,7 +689,6 @@ def test_kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run(traine
     assert not list(run.glob(".tmp-*"))
 
 
-@pytest.mark.slow
 def test_two_runs_on_one_folder(trained, settings, tmp_path):
     long = dict(max_train_steps=150, validation_steps=0)
     first = start(settings(**long))

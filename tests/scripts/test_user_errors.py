@@ -349,7 +349,6 @@ def test_a_launcher_that_starts_one_process_instead_of_several(command, settings
     assert not result.torch and written(tmp_path) == []
 
 
-@pytest.mark.slow
 def test_accelerate_launch_on_several_cpu_processes_is_refused_with_the_command_that_works(
     settings, tmp_path
 ):
@@ -502,7 +501,6 @@ def test_a_limit_on_file_sizes_while_training(trained, settings, tmp_path):
     assert sha(lora) == before and not litter(tmp_path)
 
 
-@pytest.mark.slow
 def test_a_full_disk_at_any_write_costs_nothing_and_the_run_resumes_to_the_same_bytes(
     trained, guarded, settings, tmp_path, monkeypatch
 ):

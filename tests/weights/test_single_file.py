@@ -142,7 +142,7 @@ TEXT = {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight
 OTHERS = {
     "LoRA of kohya's": ({"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": [1]}, ["is a LoRA"]),
     "LoRA of PEFT's": ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": [1]}, ["is a LoRA"]),
-    "LoRA by number": ({"unet:0:up": [1]}, ["is a LoRA", "beside the base"]),
+    "LoRA by number": ({"unet:0:up": [1]}, ["is a LoRA", "beside its base"]),
     "LoKr": ({"lycoris_mid_block.lokr_w1": [1]}, ["is a LoRA"]),
     "embedding": ({"emb_params": [2, 768]}, ["textual inversion"]),
     "VAE": ({"encoder.conv_in.weight": [1], "decoder.conv_in.weight": [1]}, ["autoencoder (VAE) alone"]),
