@@ -170,7 +170,7 @@ class SamplingConfig(Config):
             same = lora.text_encoder == lora.unet
             blocks = {} if same else {"text_encoder": lora.text_encoder / lora.unet}
             path = find_lora(lora.name, self.model_dirs)
-            entries.append(LoraEntry(path=path, weight=lora.unet, blocks=blocks))
+            entries.append(LoraEntry(path=path, weight=lora.unet, blocks=blocks, rank=None))
         return tuple(entries)
 
     def axis_labels(self) -> tuple[list[str], list[str]]:

@@ -38,7 +38,7 @@ def overlong(info: BaseInfo, texts: Sequence[str], tokenizer: Any = None) -> lis
     if not info.known:
         return []
     backend, length = read_tokenizer(info, tokenizer)
-    limit, found = min(length, info.max_tokens), []
+    limit, found = int(min(length, info.max_tokens)), []
     for index, text in enumerate(texts):
         encoding = backend.encode(text)
         if len(encoding.ids) > limit:
