@@ -17,22 +17,17 @@ from typing import TYPE_CHECKING
 from lorakit.ground.process import run_guarded
 from lorakit.sampling.config import check_size
 from lorakit.sampling.gallery import Gallery, fill_folder
-from lorakit.sampling.generate_plan import (
-    GenerateConfig,
-    count_pictures,
-    picture_shape,
-    read_prompts,
-    texts_of,
-)
+from lorakit.sampling.generate_plan import GenerateConfig, all_asked, asked, picture_shape, read_lines
+from lorakit.sampling.prompt_file import Line
+from lorakit.sampling.prompts import prompt_notes
 from lorakit.sampling.recipe import parse_sampling
 from lorakit.weights.base import BaseInfo, inspect_base
-from lorakit.weights.tokens import unread_notes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def generate(cfg: GenerateConfig, info: BaseInfo, prompts: list[str], folder: Path) -> list[Path]:
+def generate(cfg: GenerateConfig, info: BaseInfo, lines: list[Line], folder: Path) -> list[Path]:
     """Make the pictures; returns the paths of the sheets."""
     from lorakit.diffusion.models import open_base
     from lorakit.sampling.grid import Batch, fill
@@ -40,12 +35,8 @@ def generate(cfg: GenerateConfig, info: BaseInfo, prompts: list[str], folder: Pa
 
     started = time.perf_counter()
     base = open_base(info, cfg.mixed_precision, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
-    check_size(cfg, base.info)  # again, for a base that was not on this machine
-    shape = picture_shape(cfg, base.info)
-    varies = "prompt" in cfg.grid
-
-    def prompts_of(cell: GenerateConfig) -> list[str]:
-        return read_prompts(cell) if varies else prompts
+    for each in all_asked(cfg, lines):
+        check_size(each, base.info)  # again, for a base that was not on this machine
 
     def render(batch: Batch) -> list["Image"]:
         _, steps, guidance_scale = batch.cfg.sampler()
@@ -54,18 +45,26 @@ def generate(cfg: GenerateConfig, info: BaseInfo, prompts: list[str], folder: Pa
             batch.prompt_embeds,
             batch.negative_embeds,
             seeds=batch.seeds,
-            shape=shape,
+            shape=picture_shape(batch.cfg, base.info),
             steps=steps,
             guidance_scale=guidance_scale,
             scheduler=batch.scheduler,
         )
 
-    def alone(cell: GenerateConfig, subject: int, seed: int) -> GenerateConfig:
-        own = {"prompt": prompts_of(cell)[subject], "prompt_file": None, "seed": seed, "images_per_prompt": 1}
-        return cell.model_copy(update=own)
+    def alone(cell: GenerateConfig, _: int, seed: int) -> GenerateConfig:
+        return cell.model_copy(update={"seed": seed, "images_per_prompt": 1})
 
-    gallery = Gallery(folder, cfg, ["prompt"] if varies else prompts)
-    fill(gallery, base, cfg, cfg.images_per_prompt, prompts=prompts_of, render=render, alone=alone)
+    labels = ["prompt"] if "prompt" in cfg.grid else [line.prompt for line in lines]
+    gallery = Gallery(folder, cfg, labels)
+    fill(
+        gallery,
+        base,
+        cfg,
+        cfg.images_per_prompt,
+        asked=lambda cell: asked(cell, lines),
+        render=render,
+        alone=alone,
+    )
     report = {"seconds": round(time.perf_counter() - started, 2), "device": str(base.device)}
     return gallery.finish(report)
 
@@ -80,17 +79,19 @@ def main(argv: list[str]) -> int:
     )
     cfg = command.config
     info = inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
-    check_size(cfg, info)
-    prompts = read_prompts(cfg)
-    notes = [*info.notes, *(note for _, cell in cfg.numbered_cells() for note in cell.resolved()[1])]
+    lines = read_lines(cfg)
+    configs = all_asked(cfg, lines)
+    for each in configs:
+        check_size(each, info)
+    notes = [*info.notes, *(note for each in configs for note in each.resolved()[1])]
     if "check" in command.flags:  # a run says it where it comes to them
-        notes += unread_notes(info, texts_of(cfg))
-    width, height = picture_shape(cfg, info)
-    count = count_pictures(cfg, prompts)
+        notes += prompt_notes(configs, info)
+    count = len(configs) * cfg.images_per_prompt
+    shapes = dict.fromkeys("{}x{}".format(*picture_shape(each, info)) for each in configs)
     return fill_folder(
         command,
-        lambda folder: generate(cfg, info, prompts, folder),
-        what=f"{count} at {width}x{height} with {info.name}",
+        lambda folder: generate(cfg, info, lines, folder),
+        what=f"{count} at {', '.join(shapes)} with {info.name}",
         notes=notes,
         files=f"{count} pictures, report.json",
     )

@@ -21,6 +21,7 @@ from lorakit.ground.process import run_guarded
 from lorakit.pictures.images import read_picture, save_png
 from lorakit.sampling.config import check_size
 from lorakit.sampling.gallery import Gallery, fill_folder
+from lorakit.sampling.prompts import prompt_notes
 from lorakit.sampling.recipe import parse_sampling
 from lorakit.sampling.style_plan import (
     CONTROL,
@@ -29,10 +30,8 @@ from lorakit.sampling.style_plan import (
     find_pictures,
     notes_of,
     shape_of,
-    texts_of,
 )
 from lorakit.weights.base import BaseInfo, inspect_base
-from lorakit.weights.tokens import unread_notes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,7 +131,7 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
         base,
         cfg,
         cfg.images_per_picture,
-        prompts=lambda cell: [cell.prompt] * len(paths),
+        asked=lambda cell: [cell] * len(paths),
         render=render,
         alone=alone,
         facts=lambda cell, subject, image: compared(cell, sources[subject], image),
@@ -159,7 +158,7 @@ def main(argv: list[str]) -> int:
     paths = find_pictures(cfg.image)
     notes = notes_of(cfg, info, paths)
     if "check" in command.flags:  # a run says it where it comes to them
-        notes += unread_notes(info, texts_of(cfg))
+        notes += prompt_notes([cell for _, cell in cfg.numbered_cells()], info)
     count = len(cfg.numbered_cells()) * len(paths) * cfg.images_per_picture
     return fill_folder(
         command,

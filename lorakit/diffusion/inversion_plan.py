@@ -17,6 +17,7 @@ from lorakit.weights.base_settings import (
     check_clip_skip,
     clip_skip_notes,
 )
+from lorakit.weights.few_steps import few_steps
 from lorakit.weights.tokens import unread_notes
 
 Method = Literal["ddim", "fixed_point", "obelm", "null_text", "anchored"]
@@ -90,6 +91,11 @@ def make_inversion_plan(cfg: InvertConfig) -> InversionPlan:
     check_clip_skip(base, cfg.clip_skip)
     own = image_size(cfg.image)
     notes = [*base.notes, *clip_skip_notes(cfg.clip_skip, [cfg.lora] if cfg.lora else [])]
+    if cfg.lora and (found := few_steps(cfg.lora)):
+        notes.append(
+            f"{cfg.lora}: looks like a LoRA for sampling in few steps ({found.word!r} in {found.text!r}), "
+            "under which a picture has no DDIM path to its noise"
+        )
     if cfg.width is None or cfg.height is None:
         size = assign_shapes([own], base.resolution, base.size_multiple, True)[0]
     elif base.known and (cfg.width % base.vae_factor or cfg.height % base.vae_factor):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip, clip_skip_notes
+from lorakit.weights.few_steps import few_steps
 from lorakit.weights.identity import base_identity
-from lorakit.weights.lora_metadata import trained_objectives
-from lorakit.weights.tensors import read_header
 from lorakit.weights.tokens import unread_notes
 
 Shape = tuple[int, int]
@@ -28,8 +26,6 @@ PRESENTATION = {
     "output_dir", "name", "overwrite", "cache_dir", "formats", "fps", "hold_ms", "pingpong", "min_side",
     "train_if_missing", "fit_config", "compare",
 }  # fmt: skip
-# A LoRA that changed what sampling means has no DDIM path from a picture to its noise.
-_FEW_STEPS = re.compile(r"(?<![a-z])(lcm|hyper[-_ ]?sd|turbo|lightning|dmd2?|tcd)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -113,17 +109,12 @@ def _missing(cfg: MorphConfig, loras: Sequence[str]) -> tuple[str, ...]:
 
 
 def _refuse_few_steps(path: str) -> None:
-    _, metadata = read_header(Path(path))
-    if "denoise" in trained_objectives(metadata):
-        return  # train_lora.py fitted it to pictures, be they of turbo boats
-    keys = ("ss_output_name", "ss_base_model_version", "modelspec.title")
-    told = [Path(path).stem, *(metadata[key] for key in keys if key in metadata and len(metadata[key]) < 200)]
-    for text in told:
-        if found := _FEW_STEPS.search(text):
-            raise UserError(
-                f"{path}: looks like a LoRA for sampling in few steps ({found[0]!r} in {text!r}), under "
-                "which a picture cannot be inverted; fit a LoRA to the picture instead (train_lora.py)"
-            )
+    """A LoRA that changed what sampling means has no DDIM path from a picture to its noise."""
+    if found := few_steps(path):
+        raise UserError(
+            f"{path}: looks like a LoRA for sampling in few steps ({found.word!r} in {found.text!r}), under "
+            "which a picture cannot be inverted; fit a LoRA to the picture instead (train_lora.py)"
+        )
 
 
 def _need_lpips() -> None:

@@ -1,7 +1,7 @@
 """Animations of morphs: GIF, WebP, APNG and MP4, with a duration for each frame. Imports no torch.
 
 Equal neighbouring frames become one with their summed duration in GIF, WebP and APNG, so what plays is as
-asked, and fewer frames than were given may be counted in the file.
+asked, also where all are alike, and fewer frames than were given may be counted in the file.
 """
 
 import importlib.util
@@ -23,6 +23,7 @@ from lorakit.ground.publish import REMEDIES, publish_file
 
 FORMATS = ("gif", "webp", "apng", "mp4")
 _H264 = {"crf": "16", "preset": "slow"}
+_ANIMATED = 2  # bit of a WebP's first chunk
 _MP4_RATES = range(10, 61)  # some players stumble below
 
 
@@ -101,6 +102,40 @@ def _by_pillow(frames: Sequence[Image.Image], durations: Sequence[int], kind: st
         buffer, kind, save_all=True, append_images=frames[1:], duration=list(durations), loop=0, **options
     )
     return buffer.getvalue()
+
+
+def _webp(frames: Sequence[Image.Image], durations: Sequence[int]) -> bytes:
+    data = _by_pillow(frames, durations, "WEBP", quality=95, method=4)
+    is_animated = data[12:16] == b"VP8X" and bool(data[20] & _ANIMATED)
+    return data if is_animated else _webp_of_one(data, frames[0].size, sum(durations))
+
+
+def _webp_of_one(still: bytes, size: tuple[int, int], duration: int) -> bytes:
+    """An animation of one frame, which libwebp makes a still picture of: it would have no time.
+
+    Args:
+        still: a WebP file; `duration` in ms.
+
+    Source: WebP Container Specification, chunks VP8X, ANIM and ANMF.
+    """
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return name + len(body).to_bytes(4, "little") + body + b"\0" * (len(body) % 2)
+
+    picture = still[12:] if still[12:16] != b"VP8X" else still[30:]
+    sides = b"".join((side - 1).to_bytes(3, "little") for side in size)
+    frame = bytes(6) + sides + duration.to_bytes(3, "little") + b"\0" + picture
+    body = b"WEBP" + chunk(b"VP8X", bytes([_ANIMATED, 0, 0, 0]) + sides)
+    return chunk(b"RIFF", body + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", frame))
+
+
+def _apng(frames: Sequence[Image.Image], durations: Sequence[int]) -> bytes:
+    data = _by_pillow(frames, durations, "PNG")
+    if b"acTL" in data[:64]:
+        return data
+    # Pillow makes one frame a still picture, which has no time; it merges none that are blended unlike.
+    half = sum(durations) // 2
+    return _by_pillow([frames[0]] * 2, [half, sum(durations) - half], "PNG", blend=[0, 1])
 
 
 def _mp4(frames: Sequence[Image.Image], durations: Sequence[int]) -> bytes | Callable[[Path], None]:
@@ -183,8 +218,8 @@ def _mp4_by_pyav(stream: Iterator[Image.Image], rate: int, size: tuple[int, int]
 
 _WRITERS: dict[str, Callable[..., bytes | Callable[[Path], None]]] = {
     "gif": _gif,
-    "webp": partial(_by_pillow, kind="WEBP", quality=95, method=4),
-    "apng": partial(_by_pillow, kind="PNG"),
+    "webp": _webp,
+    "apng": _apng,
     "mp4": _mp4,
 }
 assert tuple(_WRITERS) == FORMATS

@@ -9,6 +9,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
+from lorakit.sampling.model_files import find_lora
+from lorakit.sampling.prompt_syntax import read_marks
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import (
     BaseConfig,
@@ -17,9 +19,28 @@ from lorakit.weights.base_settings import (
     check_clip_skip,
     clip_skip_notes,
 )
+from lorakit.weights.few_steps import few_steps
 from lorakit.weights.tensors import read_header
 
+PromptSyntax = Annotated[
+    Literal["plain", "a1111"],
+    Field(
+        description="plain: prompts are read as they stand, up to the text encoder's length; a1111: (word:1.2), "
+        "[word], BREAK, <lora:NAME:WEIGHT> and learnt words count, and long prompts are read in chunks"
+    ),
+]
 SchedulerName = Literal["ddim", "dpm++", "euler", "euler_a", "heun", "unipc", "pndm", "lcm"]
+A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "dpm++": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "unipc": "UniPC",
+    "pndm": "PLMS",
+    "lcm": "LCM",
+}
+"""Our name of a sampler -> A1111's."""
 HINTS_KEY = "lorakit.sampling"
 """The key of a LoRA's metadata that holds the sampler it was trained for, as JSON."""
 HINTED = ("scheduler", "num_inference_steps", "guidance_scale")
@@ -46,7 +67,7 @@ class SamplingConfig(Config):
     headings: ClassVar[dict[str, str]] = {
         "pretrained_model_name_or_path": "Model",
         "width": "Size",
-        "negative_prompt": "Sampler",
+        "prompt_syntax": "Prompts and sampler",
         "grid": "Grid",
         "output_dir": "Output",
     }
@@ -57,10 +78,13 @@ class SamplingConfig(Config):
     prediction_type: PredictionType = None
     clip_skip: ClipSkip = None
     loras: tuple[LoraEntry, ...] = Field((), description="LoRAs, whose updates add up")
+    model_dirs: tuple[str, ...] = Field(("ckpt",), description="folders, and what is below them, with the LoRAs that prompts name as <lora:NAME:WEIGHT>; --from looks there for LoRAs, bases and ControlNets too")
+    embedding_dirs: tuple[str, ...] = Field((), description="folders of words learnt by textual inversion (.safetensors of diffusers, A1111 or kohya), which stand in prompts by the file's name or by their own; needs prompt_syntax a1111")
 
     width: int | None = Field(None, ge=8, description="pixels; null: the base's own resolution, near the aspect of a picture that is restyled")
     height: int | None = Field(None, ge=8, description="pixels; give both or neither")
 
+    prompt_syntax: PromptSyntax = "plain"
     negative_prompt: str = Field("", description="of no effect at guidance 1")
     scheduler: SchedulerName | None = Field(None, description="sampler; null: as the LoRA's file asks for, else ddim")
     num_inference_steps: int | None = Field(None, ge=1, le=999, description="steps; null: as the LoRA's file asks for, else 25")
@@ -84,6 +108,8 @@ class SamplingConfig(Config):
             raise ValueError(f'name "{self.name}": names a folder that is in use; choose another')
         if (self.width is None) != (self.height is None):
             raise ValueError("width, height: give both or neither")
+        if self.embedding_dirs and self.prompt_syntax == "plain":
+            raise ValueError('embedding_dirs, prompt_syntax: learnt words are read with prompt_syntax "a1111"')
         if len(self.grid) > 2:
             raise ValueError("grid: a sheet has two axes at most")
         for axis, values in self.grid.items():
@@ -130,6 +156,23 @@ class SamplingConfig(Config):
         assert self.scheduler and self.num_inference_steps and self.guidance_scale, "not resolved"
         return self.scheduler, self.num_inference_steps, self.guidance_scale
 
+    def prompt_loras(self) -> tuple[LoraEntry, ...]:
+        """Those that the prompt of a picture names, by their files.
+
+        Raises:
+            UserError: marks that cannot be read, or no such file.
+        """
+        prompt = getattr(self, "prompt", None)
+        if self.prompt_syntax == "plain" or not isinstance(prompt, str):
+            return ()
+        entries = []
+        for lora in read_marks(prompt).loras:
+            same = lora.text_encoder == lora.unet
+            blocks = {} if same else {"text_encoder": lora.text_encoder / lora.unet}
+            path = find_lora(lora.name, self.model_dirs)
+            entries.append(LoraEntry(path=path, weight=lora.unet, blocks=blocks, rank=None))
+        return tuple(entries)
+
     def axis_labels(self) -> tuple[list[str], list[str]]:
         """Texts above the columns and beside the rows of the grid."""
         axes = [[f"{axis} {word}" for word in _words(axis, values)] for axis, values in self.grid.items()]
@@ -139,18 +182,21 @@ class SamplingConfig(Config):
         """With a value for each of HINTED: its own, a LoRA's or the fallback; and what was taken from whom.
 
         Raises:
-            UserError: a LoRA's file cannot be read, its hints are not usable, or LCM would take too many steps.
+            UserError: a LoRA's file cannot be read, its hints are not usable, LCM would take too many steps, or
+                what `prompt_loras` raises.
         """
         hints, notes = {}, []
-        for lora in self.loras:
-            own = read_hints(lora.path) if lora.weight else {}
-            for key, value in own.items():
+        at_work = [lora.path for lora in (*self.loras, *self.prompt_loras()) if lora.weight]
+        for path in at_work:
+            asked, who, note = asked_of(path)
+            notes += note
+            for key, value in asked.items():
                 if getattr(self, key) is None and key not in hints:
                     hints[key] = value
-                    notes.append(f"{key} {value}, as {lora.path} asks for")
+                    notes.append(f"{key} {value}, as {who} asks for")
                 elif (value_here := getattr(self, key) or hints.get(key)) != value:
-                    notes.append(f"{key} {value_here}, although {lora.path} asks for {value}")
-        notes += clip_skip_notes(self.clip_skip, [lora.path for lora in self.loras if lora.weight])
+                    notes.append(f"{key} {value_here}, although {who} asks for {value}")
+        notes += clip_skip_notes(self.clip_skip, at_work)
         unset = {key: value for key, value in (FALLBACK | hints).items() if getattr(self, key) is None}
         cfg = self.model_copy(update=unset)
         if cfg.scheduler == "lcm" and cfg.sampler()[1] > LCM_STEPS:
@@ -189,6 +235,23 @@ def read_hints(path: str) -> dict[str, Any]:
         return {key: hints[key] for key in HINTED if hints.get(key) is not None}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: its {HINTS_KEY} is not usable ({text[:80]})") from error
+
+
+def asked_of(path: str) -> tuple[dict[str, Any], str, list[str]]:
+    """What a LoRA asks for by its metadata, or else by its name; who that is; what a user should know.
+
+    Raises:
+        UserError: as read_hints.
+    """
+    if own := read_hints(path):
+        return own, path, []
+    found = few_steps(path)
+    if found is None:
+        return {}, path, []
+    if found.sure:
+        return found.hints(), f"“{found.text}”, by its name for few steps,", []
+    settings = " ".join(f"{key}={value}" for key, value in found.hints().items())
+    return {}, path, [f"{path}: if “{found.word}” means that it is for few steps, set {settings}"]
 
 
 def check_size(cfg: SamplingConfig, info: BaseInfo) -> None:

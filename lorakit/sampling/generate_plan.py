@@ -1,13 +1,14 @@
-"""What generate.py will do: its keys, its prompts, and how many pictures of what size come of them. No torch here."""
+"""What generate.py will do: its keys, its prompts, and the config of every picture. No torch here."""
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from lorakit.ground.errors import UserError
 from lorakit.sampling.config import SamplingConfig
+from lorakit.sampling.prompt_file import Line, read_prompt_file
 from lorakit.weights.base import BaseInfo
 
 
@@ -18,7 +19,7 @@ class GenerateConfig(SamplingConfig):
     headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"prompt": "Pictures"}
 
     prompt: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field("", description="what to show; a list makes a row of the sheet for each")
-    prompt_file: str | None = Field(None, description="text file with a prompt in each line, which counts instead of prompt")
+    prompt_file: str | None = Field(None, description="text file with a prompt in each line, which counts instead of prompt; # begins a comment, and a line may end with --n NEGATIVE --w WIDTH --h HEIGHT --s STEPS --l GUIDANCE --d SEED, as in sd-scripts")
     images_per_prompt: int = Field(1, ge=1, le=10_000, description="pictures of each prompt")
 
     axes: ClassVar[tuple[str, ...]] = (*SamplingConfig.axes, "prompt")
@@ -34,30 +35,55 @@ class GenerateConfig(SamplingConfig):
         return self
 
 
-def read_prompts(cfg: GenerateConfig) -> list[str]:
-    """Raises UserError: a prompt file that cannot be read or is empty."""
-    if cfg.prompt_file is None:
-        return [cfg.prompt] if isinstance(cfg.prompt, str) else list(cfg.prompt)
+def read_lines(cfg: GenerateConfig) -> list[Line]:
+    """The prompts, each with what its line of a prompt file sets.
+
+    Raises:
+        UserError: as read_prompt_file.
+    """
+    if cfg.prompt_file is not None:
+        return read_prompt_file(cfg.prompt_file)
+    prompts = [cfg.prompt] if isinstance(cfg.prompt, str) else cfg.prompt
+    return [Line(number, prompt, {}) for number, prompt in enumerate(prompts, 1)]
+
+
+def asked(cell: GenerateConfig, lines: Sequence[Line]) -> list[GenerateConfig]:
+    """The config of each subject in a cell of the grid: one prompt, and what its line sets.
+
+    Args:
+        lines: those of the prompt file; without one the cell has its own.
+
+    Raises:
+        UserError: a line sets what cannot be.
+    """
+    return [_asked(cell, line) for line in (lines if cell.prompt_file is not None else read_lines(cell))]
+
+
+def all_asked(cfg: GenerateConfig, lines: Sequence[Line]) -> list[GenerateConfig]:
+    """The config of every subject in every cell of the grid.
+
+    Raises:
+        UserError: as `asked`; or a line sets what the grid varies.
+    """
+    for line in lines:
+        if both := sorted(line.settings.keys() & cfg.grid.keys()):
+            raise UserError(f"{cfg.prompt_file}: line {line.number}: sets {both[0]}, which the grid varies")
+    return [each for _, cell in cfg.numbered_cells() for each in asked(cell, lines)]
+
+
+def _asked(cell: GenerateConfig, line: Line) -> GenerateConfig:
+    own = {"prompt": line.prompt, "prompt_file": None}
+    if not line.settings:
+        return cell.model_copy(update=own)
     try:
-        lines = Path(cfg.prompt_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{cfg.prompt_file}: {reason}; prompt_file names a text file") from error
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"{cfg.prompt_file}: has no prompt in it")
-    return prompts
-
-
-def texts_of(cfg: GenerateConfig) -> list[str]:
-    """What the text encoder is to read, in all cells of the grid."""
-    return [text for _, cell in cfg.numbered_cells() for text in (*read_prompts(cell), cell.negative_prompt)]
+        data = cell.model_dump(mode="json") | own | line.settings
+        return GenerateConfig.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        words = " ".join([*map(str, fault["loc"]), fault["msg"]])
+        raise UserError(f"{cell.prompt_file}: line {line.number}: {words}") from None
 
 
 def picture_shape(cfg: GenerateConfig, info: BaseInfo) -> tuple[int, int]:
     """Width and height in pixels."""
     return cfg.width or info.resolution, cfg.height or info.resolution
-
-
-def count_pictures(cfg: GenerateConfig, prompts: list[str]) -> int:
-    subjects = 1 if "prompt" in cfg.grid else len(prompts)
-    return sum(map(len, cfg.cells())) * subjects * cfg.images_per_prompt

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from lorakit.diffusion.models import Base
 from lorakit.ground.chunks import Chunks
-from lorakit.sampling.config import SamplingConfig
+from lorakit.sampling.config import LoraEntry, SamplingConfig
+from lorakit.sampling.encoding import PromptEncoder
 from lorakit.sampling.gallery import Gallery, Picture
-from lorakit.sampling.samplers import LoraStack, encode_prompts, make_scheduler
-from lorakit.weights.tokens import unread_notes
+from lorakit.sampling.prompts import prompt_notes
+from lorakit.sampling.samplers import LoraStack, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Batch:
     """What one pass makes: a picture for each subject and seed.
 
     Args:
-        cfg: of the cell, resolved.
-        prompt_embeds: (B, L, D); `negative_embeds`: (1, L, D).
+        cfg: of its subjects, resolved.
+        prompt_embeds: (B, C * L, D); `negative_embeds`: (1, C * L, D).
     """
 
     cfg: Any
@@ -53,7 +54,7 @@ def fill(
     cfg: SamplingConfig,
     count: int,
     *,
-    prompts: Callable[[Any], Sequence[str]],
+    asked: Callable[[Any], Sequence[SamplingConfig]],
     render: Callable[[Batch], list[Image.Image]],
     alone: Callable[[Any, int, int], SamplingConfig],
     facts: Callable[[Any, int, Image.Image], dict[str, Any]] = lambda *_: {},
@@ -62,40 +63,68 @@ def fill(
     """Make and save `count` pictures of each subject in each cell of the grid.
 
     Args:
-        prompts: cell -> a prompt for each subject.
-        alone: (cell, subject, seed) -> the config that makes this picture and no other.
-        facts: (cell, subject, picture) -> what the report says of it.
+        asked: cell -> the config of each subject, with one prompt.
+        alone: (config of a subject, its number, seed) -> the config that makes this picture and no other.
+        facts: (config of a subject, its number, picture) -> what the report says of it.
         shape: subject -> what the pictures of one batch must share.
     """
     stack, chunks = LoraStack(base), Chunks(cfg.batch_size)
-    rows = [(subject, cfg.seed + i) for subject in range(len(gallery.subjects)) for i in range(count)]
-    cells = cfg.numbered_cells()
+    encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs)
+    cells = [(at, asked(cell)) for at, cell in cfg.numbered_cells()]
     said: set[str] = set()
-    with tqdm(total=len(cells) * len(rows), unit="picture") as bar:
-        for at, cell in cells:
-            cell, _ = cell.resolved()
-            stack.use(cell.loras)
-            texts = prompts(cell)
-            unread = unread_notes(base.info, [*texts, cell.negative_prompt], base.tokenizer)
-            for note in stack.new_notes() + unread:
+    with tqdm(total=sum(len(subjects) for _, subjects in cells) * count, unit="picture") as bar:
+
+        def say(notes: Sequence[str]) -> None:
+            for note in notes:
                 if note not in said:
                     bar.write(f"note        {note}")
                     said.add(note)
-            for batch in batches(rows, cfg.batch_size, shape):
+
+        for at, subjects in cells:
+            say(prompt_notes(subjects, base.info, base.tokenizer))
+            jobs = [Job.of(each, encoder) for each in subjects]
+            rows = [(number, job.cfg.seed + i) for number, job in enumerate(jobs) for i in range(count)]
+            alike = [(shape(number), job.alike()) for number, job in enumerate(jobs)]
+            for batch in batches(rows, cfg.batch_size, alike.__getitem__):
+                stack.use(jobs[batch[0][0]].loras)
+                say(stack.new_notes())
                 begun = time.perf_counter()
-                images = _pictures(base, cell, texts, batch, chunks, render)
+                images = _pictures(base, encoder, jobs, batch, chunks, render)
                 seconds = round((time.perf_counter() - begun) / len(batch), 4)
                 for (subject, seed), image in zip(batch, images, strict=True):
-                    own = {"seconds": seconds} | facts(cell, subject, image)
-                    single = alone(cell, subject, seed)
-                    gallery.add(Picture(image, subject, seed, at, single, texts[subject], own))
+                    own = jobs[subject].cfg
+                    told = {"seconds": seconds} | facts(own, subject, image)
+                    single = alone(own, subject, seed)
+                    gallery.add(Picture(image, subject, seed, at, single, jobs[subject].prompt, told))
                 bar.update(len(batch))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A subject in a cell: its config, resolved, all LoRAs that take part, and the chunks of its prompt."""
+
+    cfg: Any
+    loras: tuple[LoraEntry, ...]
+    chunks: int
+
+    @property
+    def prompt(self) -> str:
+        return self.cfg.prompt
+
+    @classmethod
+    def of(cls, cfg: Any, encoder: PromptEncoder) -> "Job":
+        loras = (*cfg.loras, *cfg.prompt_loras())
+        return cls(cfg.resolved()[0], loras, encoder.count(cfg.prompt, cfg.negative_prompt))
+
+    def alike(self) -> "Job":
+        """What must be equal in one batch: all but the prompt and the seed."""
+        return Job(self.cfg.model_copy(update={"prompt": "", "seed": 0}), self.loras, self.chunks)
 
 
 def _pictures(
     base: Base,
-    cell: Any,
-    texts: Sequence[str],
+    encoder: PromptEncoder,
+    jobs: Sequence[Job],
     rows: Sequence[Row],
     chunks: Chunks,
     render: Callable[[Batch], list[Image.Image]],
@@ -104,9 +133,9 @@ def _pictures(
 
     def part_of(part: slice) -> list[Image.Image]:
         subjects, seeds = zip(*rows[part], strict=True)
-        own = [str(texts[subject]) for subject in subjects]
-        embeds = encode_prompts(base, [*own, cell.negative_prompt])  # (B + 1, L, D)
-        scheduler = make_scheduler(base, cell.sampler()[0])
-        return render(Batch(cell, subjects, seeds, embeds[:-1], embeds[-1:], scheduler))
+        cfg = jobs[subjects[0]].cfg
+        prompts = [jobs[subject].prompt for subject in subjects]
+        embeds = encoder.encode(prompts, cfg.negative_prompt)
+        return render(Batch(cfg, subjects, seeds, *embeds, make_scheduler(base, cfg.sampler()[0])))
 
     return [image for part in chunks.parts(len(rows), part_of) for image in part]

@@ -68,11 +68,6 @@ def find_pictures(pattern: str) -> list[str]:
     return found
 
 
-def texts_of(cfg: StyleConfig) -> list[str]:
-    """What the text encoder is to read, in all cells of the grid."""
-    return [text for _, cell in cfg.numbered_cells() for text in (cell.prompt, cell.negative_prompt)]
-
-
 def shape_of(cfg: StyleConfig, info: BaseInfo, path: str) -> tuple[int, int]:
     """Width and height at which a picture is restyled."""
     if cfg.width and cfg.height:

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorakit.ground.config import Config
+from lorakit.sampling.config import PromptSyntax
 from lorakit.training.objective_config import ObjectiveName, check_objectives
 from lorakit.weights.base_settings import BaseConfig, ClipSkip, PredictionType
 
@@ -109,6 +110,8 @@ class TrainConfig(Config):
     early_stop_patience: int | None = Field(None, ge=1, description="stop after so many validations without improvement; null: never")
     sample_steps: int | None = Field(None, ge=0, description="steps between sample sheets; null: four over the run, 0: none")
     sample_prompts: tuple[str, ...] | None = Field(None, description="null: the first two captions")
+    prompt_syntax: PromptSyntax = Field("plain", description="how sample_prompts are read, captions are read as they stand; a1111: (word:1.2), [word], BREAK and learnt words count, and long prompts are read in chunks")
+    embedding_dirs: tuple[str, ...] = Field((), description="folders of words learnt by textual inversion, for sample_prompts with prompt_syntax a1111")
     sample_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="one picture per prompt and seed")
     sample_inference_steps: int = Field(25, ge=1, le=1000, description="DDIM steps of a sample")
     sample_guidance_scale: float = Field(7.5, ge=1, description="classifier-free guidance of a sample")
@@ -142,6 +145,8 @@ class TrainConfig(Config):
             raise ValueError("validation_steps, early_stop_patience, final_weights: without validation nothing is best")
         if self.resume_from_checkpoint and self.overwrite:
             raise ValueError("resume_from_checkpoint, overwrite: continue the run or replace it, not both")
+        if self.embedding_dirs and self.prompt_syntax == "plain":
+            raise ValueError('embedding_dirs, prompt_syntax: learnt words are read with prompt_syntax "a1111"')
         check_objectives(self)
         return self
 
@@ -155,6 +160,7 @@ FREE = {
     "image_column", "caption_column", "output_dir", "ckpt_name", "save_format", "save_dtype", "final_weights", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "overwrite", "allow_data_change", "validation_steps", "validation_data_dir",
     "validation_timesteps", "validation_images", "early_stop_patience", "sample_steps", "sample_prompts", "sample_seeds", "sample_inference_steps",
+    "prompt_syntax", "embedding_dirs",
     "sample_guidance_scale", "logging_steps", "report_to", "log_dir",
 }
 # fmt: on

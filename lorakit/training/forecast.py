@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.ground.publish import existing_parent
+from lorakit.sampling.prompts import text_notes
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import text_layers
@@ -154,10 +155,16 @@ def _steps_on(cfg: Any, plan: Plan, processes: int) -> int:
 
 
 def lost_tokens(cfg: Any, plan: Plan) -> list[str]:
-    """Captions that are longer than the text encoder reads, with the words that it will not see."""
+    """Captions longer than the text encoder reads, with the words that it will not see, and samples' prompts.
+
+    Raises:
+        UserError: sample_prompts have marks that cannot be read.
+    """
     rows = plan.table.rows
     found = [
         f"{rows[index].line}: {tokens} tokens, {limit} are read; lost: {words!r}"
         for index, tokens, limit, words in overlong(plan.base, [row.caption for row in rows])
     ]
-    return found[:20] + ([f"and {len(found) - 20} more"] if len(found) > 20 else [])
+    more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
+    samples = [(prompt, "sample_prompts") for prompt in cfg.sample_prompts or ()]
+    return found[:20] + more + text_notes(samples, cfg.prompt_syntax, cfg.embedding_dirs, plan.base)

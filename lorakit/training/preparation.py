@@ -1,7 +1,7 @@
 """The data of a run, ready for the loop: filled caches, training and validation data, the sample sheet."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lorakit.diffusion.models import Base
 from lorakit.pictures.folder import Table
+from lorakit.sampling.encoding import PromptEncoder
 from lorakit.training.data import (
     Augmentation,
     Latents,
@@ -20,7 +21,7 @@ from lorakit.training.data import (
 )
 from lorakit.training.objective_config import prompts_of
 from lorakit.training.plan import Plan, Views, training_views, validation_views
-from lorakit.training.watch import SampleSheet
+from lorakit.training.watch import Embed, Embeds, SampleSheet
 from lorakit.weights.identity import base_identity
 
 
@@ -47,16 +48,14 @@ def prepare(
         views = validation_views(plan)
         validation = _cached(*common, plan.validation, plan.validation_shapes, views, prompts_of(cfg))
 
-    def embed() -> tuple[torch.Tensor, torch.Tensor]:
-        states = data.embed((*prompts, ""), text_encoder)
-        return states[:-1], states[-1:]
-
+    embed = _embedding(cfg, base, data, prompts, text_encoder)
     sheet = SampleSheet(
         run / "samples",
         base,
         text_encoder,
         prompts,
         embed,
+        cfg.prompt_syntax,
         seeds=cfg.sample_seeds,
         shape=plan.shapes[0] if len(set(plan.shapes)) == 1 else (plan.resolution, plan.resolution),
         steps=cfg.sample_inference_steps,
@@ -64,6 +63,24 @@ def prepare(
     )
     base.drop("vae", *([] if cfg.train_text_encoder else ["text_encoder"]))
     return data, validation, sheet
+
+
+def _embedding(cfg: Any, base: Base, data: TrainingData, prompts: Sequence[str], text_encoder) -> Embed:
+    """What embeds the prompts of samples: with marks once, unless the text encoder is trained."""
+
+    def embed_plain() -> list[Embeds]:
+        states = data.embed((*prompts, ""), text_encoder)
+        return [(row[None], states[-1:]) for row in states[:-1]]
+
+    if cfg.prompt_syntax == "plain" or not cfg.sample_prompts:
+        return embed_plain
+    encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs)
+
+    def embed() -> list[Embeds]:
+        return [encoder.encode([prompt], "") for prompt in prompts]
+
+    made = embed() if text_encoder is None else None
+    return embed if made is None else lambda: made
 
 
 def _cached(

@@ -8,10 +8,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -133,12 +133,26 @@ def validation_loss(
     return float(accelerator.reduce(total.to(accelerator.device), "sum")) / count
 
 
+Embeds: TypeAlias = tuple[Tensor, Tensor]
+"""States of a prompt and of the negative one, (1, L, D) each."""
+Embed: TypeAlias = Callable[[], list[Embeds]]
+
+
 class SampleSheet:
     """Samples of fixed prompts and seeds over the run: a row each, a column per step, one without LoRA."""
 
-    def __init__(self, folder: Path, base: Base, text_encoder, prompts: Sequence[str], embed, **options):
+    def __init__(
+        self,
+        folder: Path,
+        base: Base,
+        text_encoder,
+        prompts: Sequence[str],
+        embed: Embed,
+        prompt_syntax: str,
+        **options,
+    ):
         self.folder, self.base, self.text_encoder = folder, base, text_encoder
-        self.prompts, self.embed, self.options = prompts, embed, options
+        self.prompts, self.embed, self.syntax, self.options = prompts, embed, prompt_syntax, options
 
     def draw(self, step: int) -> None:
         """Sample at `step` and draw the sheet anew. A failure is a warning: it must not end the run."""
@@ -157,7 +171,8 @@ class SampleSheet:
 
     def _forget_others(self) -> None:
         """Remove the pictures of other prompts, seeds or sampler settings, which a sheet would mislabel."""
-        text = json.dumps({"prompts": self.prompts, **self.options}, indent=1)
+        syntax = {} if self.syntax == "plain" else {"prompt_syntax": self.syntax}
+        text = json.dumps({"prompts": self.prompts, **syntax, **self.options}, indent=1)
         record = self.folder / "settings.json"
         if not record.exists() or record.read_text(encoding="utf-8") != text:
             for path in self.folder.glob("????????-*.png"):
@@ -170,8 +185,7 @@ class SampleSheet:
     def _sample(self, step: int) -> None:
         models = [self.base.unet] if self.text_encoder is None else [self.base.unet, self.text_encoder]
         with evaluating(*models):
-            prompt_embeds, negative_embeds = self.embed()
-            rows = (sample_images(self.base, row, negative_embeds, **self.options) for row in prompt_embeds)
+            rows = (sample_images(self.base, *embeds, **self.options) for embeds in self.embed())
             images = [image for row in rows for image in row]
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):

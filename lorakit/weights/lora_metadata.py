@@ -102,9 +102,11 @@ def _plain(pattern: str) -> str:
 _RUN_KEYS = {
     "allow_data_change",
     "cache_dir",
+    "embedding_dirs",
     "log_dir",
     "output_dir",
     "overwrite",
+    "prompt_syntax",
     "resume_from_checkpoint",
     "sample_prompts",
 }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Shapes = dict[str, tuple[int, ...]]
 
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -143,7 +143,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 def _refuse_other_formats(path: Path, start: bytes) -> None:
     # 0x80 begins a pickle, and also a safetensors file whose header length ends in that byte: byte 8 tells.
     is_pickle = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:9] != b"{")
-    if is_pickle or path.suffix.lower() in _PICKLE_SUFFIXES:
+    if is_pickle or path.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(
             f"{path}: is a pickle, which can run code when it is opened; only .safetensors files are read. "
             "Look for a .safetensors version of it"

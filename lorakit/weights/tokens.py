@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorakit.weights.base import BaseInfo
@@ -36,13 +37,8 @@ def overlong(info: BaseInfo, texts: Sequence[str], tokenizer: Any = None) -> lis
     """
     if not info.known:
         return []
-    if tokenizer is None:
-        backend, length = _read_tokenizer(info)
-    else:
-        backend, length = tokenizer.backend_tokenizer, tokenizer.model_max_length
-    backend.no_truncation()
-    backend.no_padding()
-    limit, found = min(length, info.max_tokens), []
+    backend, length = read_tokenizer(info, tokenizer)
+    limit, found = int(min(length, info.max_tokens)), []
     for index, text in enumerate(texts):
         encoding = backend.encode(text)
         if len(encoding.ids) > limit:
@@ -51,33 +47,50 @@ def overlong(info: BaseInfo, texts: Sequence[str], tokenizer: Any = None) -> lis
     return found
 
 
-def unread_notes(info: BaseInfo, prompts: Sequence[str], tokenizer: Any = None) -> list[str]:
+def unread_notes(
+    info: BaseInfo, prompts: Sequence[str], tokenizer: Any = None, remedy: str = "write it without them"
+) -> list[str]:
     """A line for each prompt whose end has no effect, and for those with marks that are obeyed elsewhere.
 
-    Arguments and errors are those of `overlong`.
+    Args:
+        remedy: what a user whose prompt has marks can do.
+        info, tokenizer: as of `overlong`, whose errors it raises.
     """
     prompts = list(dict.fromkeys(prompts))
     found = overlong(info, prompts, tokenizer)
     notes = [f"a prompt is over {each.limit} tokens: “{each.words}” is not read" for each in found]
     marked = (", ".join(dict.fromkeys(_MARKS.findall(prompt))) for prompt in prompts)
     notes += [
-        f"a prompt has marks of A1111, which are read as plain text here: {marks}; write it without them, "
-        "and name LoRAs in the config"
+        f"a prompt has marks of A1111, which are read as plain text here: {marks}; {remedy}"
         for marks in dict.fromkeys(marked)
         if marks
     ]
     return notes
 
 
-def _read_tokenizer(info: BaseInfo) -> tuple[Any, float]:
-    """The tokenizer, of the package tokenizers, and the number of tokens that it is made for.
+def read_tokenizer(info: BaseInfo, tokenizer: Any = None) -> tuple[Any, float]:
+    """The tokenizer, of the package tokenizers, neither cutting nor padding, and the tokens it is made for.
 
     In one file it is read within a tenth of a second; transformers, which knows the others, takes seconds.
+
+    Args:
+        tokenizer: the base's, if it is loaded.
+
+    Raises:
+        BaseError: the base's tokenizer cannot be read.
     """
     folder = info.tokenizer
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        whole = load_tokenizer(folder, info.pad_token)
-        return whole.backend_tokenizer, whole.model_max_length
+    if tokenizer is None and folder is not None and (folder / "tokenizer.json").is_file():
+        backend, length = _read_file(folder)
+    else:
+        tokenizer = tokenizer or load_tokenizer(folder, info.pad_token)
+        backend, length = tokenizer.backend_tokenizer, tokenizer.model_max_length
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, length
+
+
+def _read_file(folder: Path) -> tuple[Any, float]:
     from tokenizers import Tokenizer
 
     settings = folder / "tokenizer_config.json"

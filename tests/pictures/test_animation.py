@@ -127,6 +127,31 @@ def test_equal_neighbours_are_one_frame_with_the_sum_of_their_durations(tmp_path
     assert [round(ms) for _, ms in reopened(path)] == [100, 200, 400]
 
 
+@pytest.mark.parametrize("durations", [[100, 200, 300, 680], [1280]])
+@pytest.mark.parametrize("size", [(64, 48), (63, 47)])
+def test_a_film_whose_frames_are_all_alike_keeps_its_time(tmp_path, kind, durations, size):
+    frame = scene(1, *size)[0]
+    path = tmp_path / f"a.{kind}"
+    save_animation([frame] * len(durations), path, durations)
+    found = reopened(path)
+    assert abs(sum(ms for _, ms in found) - 1280) <= 10
+    assert all(psnr(picture.crop((0, 0, *size)), frame) > 30 for picture, _ in found)
+    if kind != "mp4":
+        with Image.open(path) as file:
+            assert file.size == size and file.info["loop"] == 0
+    if kind == "apng":
+        assert all(picture.tobytes() == frame.tobytes() for picture, _ in found)
+
+
+def test_pillow_alone_would_make_still_pictures_of_alike_frames(tmp_path):
+    frame = scene(1)[0]
+    for name, kind in (("a.webp", "WEBP"), ("a.png", "PNG")):
+        frame.save(tmp_path / name, kind, save_all=True, append_images=[frame], duration=[600, 680], loop=0)
+        with Image.open(tmp_path / name) as file:
+            file.load()
+            assert not file.info.get("duration")
+
+
 @pytest.mark.parametrize("size", [(63, 47), (1, 1), (5, 64)])
 def test_odd_sizes_open_again(tmp_path, kind, size):
     frames = [Image.new("RGB", size, (level, 80, 200 - level)) for level in (0, 90, 180)]

@@ -14,7 +14,7 @@ from lorakit.ground.config import ConfigError, load_config, schema
 from lorakit.ground.errors import UserError
 from lorakit.ground.process import run_guarded
 from lorakit.sampling.config import HINTS_KEY
-from lorakit.sampling.generate_plan import GenerateConfig, read_prompts
+from lorakit.sampling.generate_plan import GenerateConfig, read_lines
 from lorakit.sampling.recipe import CONFIG_CHUNK
 from lorakit.weights.lora_file import lora_bytes
 from lorakit.weights.lora_reader import read_lora
@@ -222,7 +222,7 @@ def test_the_parameters_chunk_is_what_a1111_reads(original, run):
     found = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     assert found == {
         "Steps": "2",
-        "Sampler": "euler_a",
+        "Sampler": "Euler a",
         "CFG scale": "3.5",
         "Seed": "42",
         "Size": "16x24",
@@ -270,7 +270,7 @@ def test_a_picture_that_cannot_be_repeated_is_refused_by_its_name(tmp_path, orig
 
 def prompts_of(path):
     cfg = load_config(GenerateConfig, None, ["prompt=not this", f"prompt_file={path}"]).config
-    return read_prompts(cfg)
+    return [line.prompt for line in read_lines(cfg)]
 
 
 def test_a_prompt_file_has_a_prompt_in_each_line_that_is_not_blank(tmp_path, run):
@@ -425,7 +425,7 @@ def test_the_committed_configs_and_schema_are_those_of_the_script():
     assert own
     for path in own:
         config = load_config(GenerateConfig, path).config
-        assert read_prompts(config)
+        assert read_lines(config)
         named = path.parent / json.loads(path.read_text())["$schema"]
         assert named.resolve() == ROOT / "cfg/generate/schema.json"
     with pytest.raises(ConfigError, match="did you mean guidance_scale"):

@@ -1,6 +1,7 @@
 """The script that prints how well each method inverts: its table, its files, and the faults of its users."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -130,6 +131,14 @@ def test_a_picture_keeps_its_aspect_or_has_the_size_that_is_asked_for(arguments,
 def test_check_writes_nothing(arguments, tmp_path):
     assert invert.main(arguments("--check")) == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_for_few_steps_is_said(arguments, fitted, tmp_path, capsys):
+    path = shutil.copy(fitted[0], tmp_path / "lcm_lora.safetensors")
+    assert invert.main(arguments("--check", lora=str(path))) == 0
+    assert "looks like a LoRA for sampling in few steps ('lcm' in 'lcm_lora')" in capsys.readouterr().out
+    assert invert.main(arguments("--check", lora=str(fitted[0]))) == 0
+    assert "few steps" not in capsys.readouterr().out
 
 
 def test_a_prompt_that_is_too_long_is_said(arguments, capsys):

@@ -395,7 +395,7 @@ def test_a_picture_can_be_repeated_from_itself(run, fitted, pictures, tmp_path):
     )
     original = folder / "0011.png"
     config = json.loads(Image.open(original).text[CONFIG_CHUNK])
-    assert (config["image"], config["seed"], config["strength"]) == (str(pictures / "1.png"), 4, 1.0)
+    assert (config["image"], config["seed"], config["strength"]) == ("1.png", 4, 1.0)
     assert "Seed: 4, Size: " in Image.open(original).text["parameters"]
     out = f"output_dir={tmp_path / 'again'}"
     assert style_transfer.main(["--from", str(original), out]) == 0

@@ -1,0 +1,98 @@
+"""Files with a prompt in each line, as sd-scripts and A1111 have them. No torch here.
+
+# a comment
+a photo of a lake --n blurry --w 192 --h 128 --s 30 --l 5 --d 7
+--prompt "a photo of hills" --negative_prompt blurry --steps 30 --cfg_scale 5 --seed 7
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorakit.ground.errors import UserError
+from lorakit.sampling.config import A1111_SAMPLERS
+
+# Option -> key of a config: sd-scripts' letters, then the words of A1111's script for such files.
+_KEYS = {
+    "n": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "num_inference_steps",
+    "l": "guidance_scale",
+    "ss": "scheduler",
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "width": "width",
+    "height": "height",
+    "seed": "seed",
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "sampler_name": "scheduler",
+}
+_OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+_SAMPLERS = {name.lower(): key for key, name in A1111_SAMPLERS.items()} | {
+    "pndm": "pndm",
+    "euler_a": "euler_a",
+    "k_euler": "euler",
+    "k_euler_a": "euler_a",
+    "dpmsolver++": "dpm++",
+}
+
+
+class Line(NamedTuple):
+    """A prompt and what its line sets besides, by key; `number` counts from 1."""
+
+    number: int
+    prompt: str
+    settings: dict[str, Any]
+
+
+def read_prompt_file(path: str) -> list[Line]:
+    """The lines that are neither blank nor comments.
+
+    Raises:
+        UserError: a file that cannot be read or has no prompt, or an option that is not known.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: {reason}; prompt_file names a text file") from error
+    texts = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    found = [_read_line(path, *each) for each in texts if each[1] and not each[1].startswith("#")]
+    if not found:
+        raise UserError(f"{path}: has no prompt in it")
+    return found
+
+
+def _read_line(path: str, number: int, text: str) -> Line:
+    prompt, *options = _OPTION.split(text)
+    settings: dict[str, Any] = {"prompt": prompt.strip()} if prompt.strip() else {}
+    for option in options:
+        name, _, value = option.partition(" ")
+        where = f"{path}: line {number}: --{name}"
+        if (key := _KEYS.get(name.lower())) is None:
+            known = ", ".join(f"--{each}" for each in _KEYS)
+            raise UserError(f"{where}: is not read here; known are {known}")
+        if key in settings:
+            raise UserError(f"{where}: {key} stands there twice")
+        settings[key] = _value(where, key, value.strip())
+    if "prompt" not in settings:
+        raise UserError(f"{path}: line {number}: has no prompt; begin with it, or write # before a comment")
+    return Line(number, settings.pop("prompt"), settings)
+
+
+def _value(where: str, key: str, text: str) -> Any:
+    if key in ("prompt", "negative_prompt"):
+        return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+    if key == "scheduler":
+        if text.strip('"').lower() not in _SAMPLERS:
+            known = ", ".join(A1111_SAMPLERS.values())
+            raise UserError(f"{where}: {text} is no sampler here; choose one of {known}")
+        return _SAMPLERS[text.strip('"').lower()]
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise UserError(f"{where}: {key} must be a number, not “{text}”") from None

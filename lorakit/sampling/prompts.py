@@ -1,0 +1,71 @@
+"""Prompts as a config reads them, and what a user should know of them. No torch here."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lorakit.sampling.config import SamplingConfig
+from lorakit.sampling.prompt_chunks import Chunk, Cutter
+from lorakit.sampling.prompt_syntax import read_marks
+from lorakit.weights.base import BaseInfo
+from lorakit.weights.learnt_words import find_words
+from lorakit.weights.tokens import unread_notes
+
+_REMEDY = "set prompt_syntax=a1111, or write it without them"
+
+
+class MarkReader:
+    """Reads prompts as A1111 does, in chunks for one base.
+
+    Raises:
+        UserError: a folder of learnt words that is not there, or a word in two files.
+        BaseError: the base's tokenizer cannot be read.
+    """
+
+    def __init__(self, info: BaseInfo, embedding_dirs: Sequence[str], tokenizer: Any = None):
+        self.cutter = Cutter(info, find_words(embedding_dirs), tokenizer)
+
+    def chunks(self, text: str, *, no_loras: str = "") -> list[Chunk]:
+        """Raises UserError: marks that cannot be read, or a learnt word that cannot be used."""
+        return self.cutter.chunks(read_marks(text, no_loras=no_loras).sections)
+
+
+def prompt_notes(configs: Sequence[SamplingConfig], info: BaseInfo, tokenizer: Any = None) -> list[str]:
+    """What of the prompts of these configs, one each, is not read.
+
+    Raises:
+        UserError: as MarkReader, for the syntax of A1111.
+    """
+    first = configs[0]
+    texts = [
+        pair
+        for cfg in configs
+        for pair in ((str(getattr(cfg, "prompt", "")), ""), (cfg.negative_prompt, "negative_prompt"))
+    ]
+    return text_notes(texts, first.prompt_syntax, first.embedding_dirs, info, tokenizer)
+
+
+def text_notes(
+    texts: Iterable[tuple[str, str]],
+    syntax: str,
+    embedding_dirs: Sequence[str],
+    info: BaseInfo,
+    tokenizer: Any = None,
+) -> list[str]:
+    """What of these texts is not read.
+
+    Args:
+        texts: each with the key that cannot name LoRAs, if it is of one.
+
+    Raises:
+        UserError: as MarkReader, for the syntax of A1111.
+    """
+    texts = list(dict.fromkeys(texts))
+    if syntax == "plain":
+        return unread_notes(info, [text for text, _ in texts], tokenizer, _REMEDY)
+    reader = MarkReader(info, embedding_dirs, tokenizer) if info.known else None
+    for text, no_loras in texts:
+        if reader is None:  # a base that is not here yet: what can be said without its tokenizer
+            read_marks(text, no_loras=no_loras)
+        else:
+            reader.chunks(text, no_loras=no_loras)
+    return []
