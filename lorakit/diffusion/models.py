@@ -6,7 +6,7 @@ prompt_embeds (B, L, D) are the text encoder's hidden states at the layer that `
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from PIL import Image
 from torch import Tensor
 
+from lorakit.diffusion.merged import Merged, merge_into
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.diffusion.text import end_at
 from lorakit.pictures.images import from_array
@@ -41,6 +42,7 @@ class Base:
         dtype: compute dtype of the frozen U-Net and text encoder.
         prediction_type: what the U-Net predicts; None: as `info` says.
         clip_skip: which layer of the text encoder is read, counted from its end; None: 1, the last.
+        merged: LoRAs that become part of U-Net and text encoder whenever they are loaded.
 
     Raises:
         BaseError: the hub cannot be reached, or the files are not a Stable Diffusion 1.x/2.x.
@@ -53,18 +55,21 @@ class Base:
         dtype: torch.dtype = torch.float32,
         prediction_type: str | None = None,
         clip_skip: int | None = None,
+        merged: Sequence[Merged] = (),
     ):
         quiet_libraries()
         self.device, self.dtype = torch.device(device), dtype
         self.info = info if info.known else fetch_base(info, prediction_type)
         self.prediction_type = prediction_type or self.info.prediction_type
         self.clip_skip = clip_skip or 1
+        self.merged = merged
 
     @cached_property
     def unet(self):
         from diffusers import UNet2DConditionModel
 
         unet = self._load("unet", UNet2DConditionModel.from_config, self.dtype)
+        merge_into(unet, "unet", self.merged)
         return unet.to(self.device, memory_format=torch.channels_last)
 
     @cached_property
@@ -82,6 +87,7 @@ class Base:
             return CLIPTextModel(CLIPTextConfig.from_dict(config))
 
         text_encoder = self._load("text_encoder", make, self.dtype).to(self.device)
+        merge_into(text_encoder, "text_encoder", self.merged)
         end_at(text_encoder, self.clip_skip)
         return text_encoder
 
