@@ -1,6 +1,7 @@
 """Values that are legal and cannot be meant, each in a line with what may be meant. No torch here."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,11 @@ def _of_rates(cfg: Any, plan: Any) -> Iterator[str]:
     if cfg.lr_power != 1 and cfg.lr_scheduler_name != "polynomial":
         yield "lr_power: only polynomial has an exponent"
     yield from (f"base_loras: {each.path} has weight 0" for each in cfg.base_loras if not each.weight)
+    paths = Counter([*(each.path for each in cfg.base_loras), *([cfg.init_lora] if cfg.init_lora else [])])
+    twice = [path for path, count in paths.items() if count > 1]
+    yield from (
+        f"base_loras, init_lora: {path} is named more than once: its changes add up" for path in twice
+    )
     scale = (cfg.lora_alpha or cfg.rank) / (cfg.rank**0.5 if cfg.use_rslora else cfg.rank)
     if scale > STRONG:
         yield f"lora_alpha, rank: the update is scaled by {scale:.3g}, where 0.5 to 2 are usual"
@@ -67,6 +73,8 @@ def _of_pictures(cfg: Any, plan: Any) -> Iterator[str]:
     captions = [caption for row in rows for caption in row.captions]
     if cfg.caption_dropout > 0.5:
         yield f"caption_dropout {cfg.caption_dropout:g}: most samples are shown without their caption"
+    if escaped := sum("\\(" in caption for caption in captions):
+        yield f"{escaped} caption(s) hold \\(, a bracket in prompts of A1111: here it is read as it stands"
     if cfg.random_flip and (sided := sum(bool(_SIDES.search(caption)) for caption in captions)):
         yield f"random_flip: {sided} caption(s) speak of left or right, which a mirrored picture has swapped"
     if cfg.crop == "random":

@@ -48,7 +48,9 @@ def settled(cfg: TrainConfig) -> tuple[TrainConfig, list[str]]:
 
 
 def _shown(value: Any) -> str:
-    return f"of {len(value)} modules" if isinstance(value, tuple) else f"{value}"
+    if isinstance(value, tuple):
+        return f"of {len(value)} modules"
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
 def check_places(label: str, modules: Modules, base: BaseInfo) -> None:
@@ -73,8 +75,8 @@ def _settings(cfg: TrainConfig, modules: Modules, base: BaseInfo) -> dict[str, A
     """What the file decides, as keys of the config."""
     path, found, given = cfg.init_lora, {}, cfg.model_fields_set
     if cfg.use_dora != any(pair.magnitude is not None for pair in modules.values()):
-        has = "has no magnitudes" if cfg.use_dora else "is DoRA"
-        raise UserError(f"init_lora, use_dora: {path} {has}; set use_dora as it is")
+        has, asked = ("has no magnitudes", "false") if cfg.use_dora else ("is DoRA", "true")
+        raise UserError(f"init_lora, use_dora: {path} {has}; set use_dora to {asked}")
     rank = max(pair.rank for pair in modules.values())
     if "rank" not in given:
         found["rank"] = rank
@@ -95,9 +97,13 @@ def _settings(cfg: TrainConfig, modules: Modules, base: BaseInfo) -> dict[str, A
                 "set train_text_encoder to true"
             )
         found["train_text_encoder"] = True
-    if "target_modules" not in given and "unet" in parts:
-        found["target_modules"] = _targets(modules, base)
-    _check_targets(cfg.model_copy(update=found), modules)
+    if "target_modules" not in given:
+        found["target_modules"] = _targets(cfg, modules, base)
+    if lost := _untrained(cfg.model_copy(update=found).target_modules, modules):
+        raise UserError(
+            f"init_lora, target_modules: {path} changes {len(lost)} modules that are not among "
+            f"target_modules, such as {lost[0]}: take a larger preset"
+        )
     return found
 
 
@@ -105,9 +111,17 @@ def _dotted(modules: Modules, part: Component) -> list[str]:
     return [dotted for component, dotted in map(unflatten, modules) if component == part]
 
 
-def _targets(modules: Modules, base: BaseInfo) -> str | tuple[str, ...]:
-    """The preset that adapts the U-Net's modules of a file and no others, or their names."""
-    own = set(_dotted(modules, "unet"))
+def _targets(cfg: TrainConfig, modules: Modules, base: BaseInfo) -> str | tuple[str, ...]:
+    """The preset that adapts the U-Net's modules of a file and no others, or their names.
+
+    Where the text encoder needs more than goes with that: the smallest preset that has all, else the default.
+    """
+    exact = _exact_targets(set(_dotted(modules, "unet")), base)
+    presets = [exact, *TARGET_PRESETS["unet"]] if exact else TARGET_PRESETS["unet"]
+    return next((each for each in presets if not _untrained(each, modules)), exact or cfg.target_modules)
+
+
+def _exact_targets(own: set[str], base: BaseInfo) -> str | tuple[str, ...]:
     if base.known:
         layers = {key.removesuffix(".weight") for key, s in base.shapes("unet").items() if len(s) in (2, 4)}
         for preset, ends in TARGET_PRESETS["unet"].items():
@@ -120,20 +134,14 @@ def _ends_in(name: str, ends: Sequence[str]) -> bool:
     return any(f".{name}".endswith(f".{end}") for end in ends)
 
 
-def _check_targets(cfg: TrainConfig, modules: Modules) -> None:
-    """Raises UserError where a module of the file would not be trained, and so be lost."""
-    chosen = cfg.target_modules
+def _untrained(chosen: str | tuple[str, ...], modules: Modules) -> list[str]:
+    """The modules of a file that these targets do not adapt, so that they would be lost."""
     preset = chosen if isinstance(chosen, str) else "attention"
     ends: dict[Component, Sequence[str]] = {
         "unet": TARGET_PRESETS["unet"][chosen] if isinstance(chosen, str) else chosen,
         "text_encoder": TARGET_PRESETS["text_encoder"][preset],
     }
-    for part, own in ends.items():
-        if lost := [name for name in _dotted(modules, part) if not _ends_in(name, own)]:
-            raise UserError(
-                f"init_lora, target_modules: {cfg.init_lora} changes {len(lost)} modules of the {part} that "
-                f"are not among target_modules, such as {lost[0]}: take a larger preset"
-            )
+    return [name for part, own in ends.items() for name in _dotted(modules, part) if not _ends_in(name, own)]
 
 
 # ---- in live models ----

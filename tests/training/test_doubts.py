@@ -29,6 +29,11 @@ CASES = {
     "alpha": ({"lora_alpha": 64.0}, "scaled by 16"),
     "rslora": ({"rank": 128, "use_rslora": True}, "scaled by 11.3"),
     "base": ({"base_loras": [{"path": "a.safetensors", "weight": 0}]}, "has weight 0"),
+    "base twice": (
+        {"base_loras": [{"path": "a"}, {"path": "a", "weight": 0.5}]},
+        "a is named more than once",
+    ),
+    "start and base": ({"base_loras": [{"path": "a"}], "init_lora": "a"}, "a is named more than once"),
     "never shown": ({"max_train_steps": 3}, "1 of 4 pictures are never shown"),
     "epochs": ({"n_epochs": 9}, "max_train_steps 6 ends the run before n_epochs 9"),
     "batch": ({"train_batch_size": 6}, "a step of 6 samples"),
@@ -60,12 +65,15 @@ def test_a_plain_run_raises_no_doubt(settings):
     assert said(settings, lr_scheduler_name="cosine", lr_warmup_steps=3, lora_alpha=8.0, n_epochs=1) == []
 
 
-def test_sides_are_said_where_pictures_are_mirrored(settings, pictures, tmp_path):
+def test_words_of_captions_that_cannot_be_meant_are_said(settings, pictures, tmp_path):
     import shutil
 
     folder = shutil.copytree(pictures, tmp_path / "sides")
     metadata = folder / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("mountains 0", "a hill on the Left"))
+    plain = metadata.read_text()
+    metadata.write_text(plain.replace("mountains 0", r"mountains \\(alps\\)"))
+    assert r"1 caption(s) hold \(" in said(settings, data_dir=str(folder))[0]
+    metadata.write_text(plain.replace("mountains 0", "a hill on the Left"))
     assert said(settings, data_dir=str(folder)) == []
     (found,) = said(settings, data_dir=str(folder), random_flip=True)
     assert "1 caption(s) speak of left or right" in found

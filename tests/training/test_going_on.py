@@ -152,6 +152,20 @@ def test_a_text_encoder_in_the_file_is_trained_with_it(
         settled(config_of(without_targets(init_lora=path, train_text_encoder=False)))
 
 
+def test_targets_of_a_text_encoder_are_taken_with_more_of_the_unet_where_they_must(
+    without_targets, tiny_unet, tiny_text_encoder, random_lora, tmp_path
+):
+    unet = random_lora(tiny_unet(), 7, rank=2, targets="attention")
+    text = random_lora(tiny_text_encoder(), 8, component="text_encoder", rank=2, targets="all")
+    for name, modules in (("both", unet.modules | text.modules), ("text", text.modules)):
+        path = write(tmp_path / f"{name}.safetensors", LoraFile(modules, {}, "kohya"))
+        words = without_targets(init_lora=path, learning_rate=0.0, output_dir=str(tmp_path / name))
+        assert settled(config_of(words))[0].target_modules == "attention+ff"
+        out = deltas(train_from(words))
+        assert all(torch.equal(out.pop(each), delta) for each, delta in deltas(path).items())
+        assert out and all(float(delta.abs().max()) == 0 for delta in out.values())
+
+
 def test_a_loha_file_is_a_start_as_well(without_targets, start, tmp_path):
     name = next(iter(read_lora(start).modules))
     side = read_lora(start).modules[name].up.shape[0]
