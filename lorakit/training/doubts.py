@@ -70,12 +70,11 @@ def _of_showings(cfg: Any, plan: Any) -> Iterator[str]:
 
 def _of_pictures(cfg: Any, plan: Any) -> Iterator[str]:
     rows, base = plan.table.rows, plan.base
-    captions = [caption for row in rows for caption in row.captions]
     if cfg.caption_dropout > 0.5:
         yield f"caption_dropout {cfg.caption_dropout:g}: most samples are shown without their caption"
-    if escaped := sum("\\(" in caption for caption in captions):
+    if escaped := sum("\\(" in row.caption for row in rows):
         yield f"{escaped} caption(s) hold \\(, a bracket in prompts of A1111: here it is read as it stands"
-    if cfg.random_flip and (sided := sum(bool(_SIDES.search(caption)) for caption in captions)):
+    if cfg.random_flip and (sided := sum(any(map(_SIDES.search, row.captions)) for row in rows)):
         yield f"random_flip: {sided} caption(s) speak of left or right, which a mirrored picture has swapped"
     if cfg.crop == "random":
         fit = (r.width * h == r.height * w for r, (w, h) in zip(rows, plan.shapes, strict=True))

@@ -1,6 +1,7 @@
 """Going on from LoRAs: one whose change a run starts with, others that are merged into the frozen base."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lorakit.ground.errors import UserError
 from lorakit.training.config import TrainConfig
 from lorakit.training.setup import Learner
 from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.base_settings import text_layers
 from lorakit.weights.lora_file import TARGET_PRESETS, LoraPair, component_of, kohya_name, unflatten
 from lorakit.weights.lora_import import read_any
 from lorakit.weights.lora_metadata import Component
@@ -43,6 +45,12 @@ def settled(cfg: TrainConfig) -> tuple[TrainConfig, list[str]]:
     changes = _settings(cfg, file.modules, base)
     said = ", ".join(f"{key} {_shown(value)}" for key, value in changes.items())
     notes += [f"{cfg.init_lora}: {note}" for note in own]
+    layers = text_layers(base, cfg.clip_skip) if base.known else math.inf
+    numbers = [re.search(r"^lora_te_.*_layers_(\d+)_", name) for name in file.modules]
+    if gone := sum(number is not None and int(number[1]) >= layers for number in numbers):
+        notes.append(
+            f"{cfg.init_lora}: {gone} modules lie in layers that clip_skip {cfg.clip_skip} drops, so are lost"
+        )
     notes.append(f"going on from {cfg.init_lora}" + (f", with its {said}" if said else ""))
     return cfg.model_copy(update=changes), notes
 

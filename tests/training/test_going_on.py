@@ -166,6 +166,17 @@ def test_targets_of_a_text_encoder_are_taken_with_more_of_the_unet_where_they_mu
         assert out and all(float(delta.abs().max()) == 0 for delta in out.values())
 
 
+def test_what_clip_skip_drops_of_a_start_is_said(without_targets, tiny_text_encoder, random_lora, tmp_path):
+    text = random_lora(tiny_text_encoder(), 8, component="text_encoder", rank=2, targets="all").modules
+    path = write(tmp_path / "text.safetensors", LoraFile(text, {}, "kohya"))
+    assert "layers that clip_skip" not in " ".join(settled(config_of(without_targets(init_lora=path)))[1])
+    words = without_targets(init_lora=path, learning_rate=0.0, clip_skip=2)
+    dropped = [name for name in text if "_layers_1_" in name]
+    assert f"{len(dropped)} modules lie in layers that clip_skip 2 drops" in settled(config_of(words))[1][0]
+    out = deltas(train_from(words))
+    assert dropped and text.keys() - out.keys() == set(dropped)
+
+
 def test_a_loha_file_is_a_start_as_well(without_targets, start, tmp_path):
     name = next(iter(read_lora(start).modules))
     side = read_lora(start).modules[name].up.shape[0]
