@@ -56,10 +56,11 @@ def train(
     from lorakit.diffusion.models import Base, compute_dtype
     from lorakit.ground import randomness
     from lorakit.training import decisions, saving
-    from lorakit.training.data import sample_order
     from lorakit.training.objectives import make_objective
+    from lorakit.training.order import sample_order, split_step
     from lorakit.training.preparation import prepare
     from lorakit.training.setup import Learner, start_processes
+    from lorakit.training.start import base_loras, put_start
     from lorakit.training.watch import Metrics, validation_loss
 
     # -- processes, and the frozen base
@@ -67,9 +68,10 @@ def train(
     main = accelerator.is_main_process
     say = tqdm.write if main else str
     dtype = compute_dtype(accelerator.mixed_precision)
-    base = Base(plan.base, accelerator.device, dtype, cfg.prediction_type, cfg.clip_skip)
+    settings = {"prediction_type": cfg.prediction_type, "clip_skip": cfg.clip_skip, "merged": base_loras(cfg)}
+    base = Base(plan.base, accelerator.device, dtype, **settings)
     if not plan.base.known:  # a hub id that was not on this machine
-        plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps)
+        plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps, samples=plan.samples)
         if resume is not None:
             check_base(resume, base.info)
 
@@ -81,7 +83,7 @@ def train(
 
         # -- data: latents and text states, from the caches
         data, validation, sheet = prepare(cfg, plan, base, accelerator, run, stop_early)
-        order = sample_order(cfg.seed, plan.shapes, plan.total_batch, plan.steps)
+        order = sample_order(cfg.seed, **plan.order)
 
         # -- the LoRA in the base, and its optimizer
         learner = Learner(cfg, base, accelerator, plan.steps)
@@ -101,6 +103,8 @@ def train(
             saved, best = saving.load_checkpoint(resume, learner)
             progress.take(saved, best, comparable=saved["validation"] == validation_record(cfg, plan))
             objective.load_state_dict(saved.get("objective", {}))
+        elif cfg.init_lora:
+            put_start(cfg.init_lora, learner)
         pace = 0.1 if sys.stderr.isatty() else 60.0  # seconds between looks at the bar; a log file wants few
         bar = tqdm(
             desc=cfg.ckpt_name, total=plan.steps, initial=progress.step, mininterval=pace, disable=not main
@@ -113,8 +117,6 @@ def train(
         closing.callback(decisions.end_tracking, accelerator)
         record = run_record(cfg, plan) if main else {}
         due = decisions.due_steps(cfg, plan.steps)
-        per_pass = accelerator.num_processes * cfg.train_batch_size
-        mine = accelerator.process_index * cfg.train_batch_size
 
         # -- the loop: one turn is one optimizer step
         for step in range(progress.step, plan.steps):
@@ -124,21 +126,20 @@ def train(
                 break
             learner.set_rates(step)
             step_loss, parts = torch.zeros((), device=accelerator.device), {}
-            for micro in range(plan.accumulation):
-                start = micro * per_pass + mine  # this process's share of the step's samples
-                slots = slice(start, start + cfg.train_batch_size)
-                positions = range(step * plan.total_batch, (step + 1) * plan.total_batch)[slots]
-                batch = data.batch(order[step, slots], positions)
+            shares = split_step(order[step], plan.shapes, cfg.train_batch_size, *decisions.place(accelerator))
+            for share in shares:
+                positions = share.positions(step, plan.total_batch)
+                batch = data.batch(share.rows, positions)
                 if cfg.lora_dropout:
                     torch.manual_seed(randomness.derive_seed(cfg.seed, "lora dropout", positions[0]))
-                last = micro == plan.accumulation - 1
+                last = share is shares[-1]
                 with decisions.gradient_sync(accelerator, learner, last), objective.attention():
                     embeds = batch.text_states(learner.text_student)
                     loss, told = objective.loss(models, batch, embeds)
-                    accelerator.backward(loss / plan.accumulation)
-                step_loss += loss.detach() / plan.accumulation
+                    accelerator.backward(loss / share.divisor)
+                step_loss += loss.detach() / share.divisor
                 for name, part in told.items():
-                    parts[name] = parts.get(name, 0) + part / plan.accumulation
+                    parts[name] = parts.get(name, 0) + part / share.divisor
             grad_norm = accelerator.clip_grad_norm_(learner.params, cfg.max_grad_norm or math.inf)
             assert grad_norm is not None  # only DeepSpeed, which is not supported, gives none
             learner.optimizer.step()
@@ -197,9 +198,14 @@ def main(argv: list[str]) -> int:
         flags={"verify-resume": "prove on this machine that a stopped and resumed run equals a straight one"},
         default_config="cfg/mountain.json",
     )
-    cfg = command.config
+    cfg, told = command.config, []
+    if cfg.init_lora or cfg.base_loras:
+        from lorakit.training.start import settled
+
+        cfg, told = settled(cfg)
     rank, world_size = launched_processes()
     plan = make_plan(cfg, world_size)
+    plan = replace(plan, notes=(*plan.notes, *told))
     if "check" in command.flags:
         print(describe_plan(cfg, plan))
         return 0

@@ -7,7 +7,7 @@ prompt_embeds (B, L, D) are the text encoder's hidden states at the layer that `
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from PIL import Image
 from torch import Tensor
 
+from lorakit.diffusion.merged import Merged, merge_into
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.diffusion.text import end_at
 from lorakit.pictures.images import from_array
@@ -42,6 +43,7 @@ class Base:
         dtype: compute dtype of the frozen U-Net and text encoder.
         prediction_type: what the U-Net predicts; None: as `info` says.
         clip_skip: which layer of the text encoder is read, counted from its end; None: 1, the last.
+        merged: LoRAs that become part of U-Net and text encoder whenever they are loaded.
 
     Raises:
         BaseError: the hub cannot be reached, or the files are not a Stable Diffusion 1.x/2.x.
@@ -54,18 +56,22 @@ class Base:
         dtype: torch.dtype = torch.float32,
         prediction_type: str | None = None,
         clip_skip: int | None = None,
+        merged: Sequence[Merged] = (),
     ):
         quiet_libraries()
         self.device, self.dtype = torch.device(device), dtype
         self.info = info if info.known else fetch_base(info, prediction_type)
         self.prediction_type = prediction_type or self.info.prediction_type
         self.clip_skip = clip_skip or 1
+        self.merged = merged
 
     @cached_property
     def unet(self):
         from diffusers import UNet2DConditionModel
 
-        return self._load("unet", UNet2DConditionModel.from_config, self.dtype)
+        unet = self._load("unet", UNet2DConditionModel.from_config, self.dtype)
+        merge_into(unet, "unet", self.merged)
+        return unet
 
     @cached_property
     def vae(self):
@@ -81,6 +87,7 @@ class Base:
             return CLIPTextModel(CLIPTextConfig.from_dict(config))
 
         text_encoder = self._load("text_encoder", make, self.dtype)
+        merge_into(text_encoder, "text_encoder", self.merged)
         end_at(text_encoder, self.clip_skip)
         return text_encoder
 

@@ -1,7 +1,7 @@
 """Which pictures a folder holds and what their captions are, with every fault of names, links and text.
 
 Captions come from `metadata.jsonl` at the root (one JSON object a line: file_name and a caption) or from a
-`.txt` file beside each picture. No picture is opened here.
+`.txt` file beside each picture (or `.caption`, by `caption_extension`). No picture is opened here.
 """
 
 import difflib
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from lorakit.ground.errors import UserError
 
 METADATA = "metadata.jsonl"
+MASK_SUFFIX = "-masklabel"  # of the file beside a picture that is its mask
 LISTED_FAULTS = 20
 LISTED_NAMES = 5
-SKIP_OR_EMPTY = 'set missing_captions to "skip" or "empty"'
+SKIP_OR_EMPTY = 'set missing_captions to "skip", "empty" or "folder"'
 _ONE_LINE = 'write one line for each picture: {"file_name": "a.png", "text": "a cat"}'
 _UNSUPPORTED = {".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".pdf", ".jp2", ".cr2", ".nef", ".dng"}
 _NAME_KEYS = ("filename", "file", "image", "path", "image_path", "file_path", "img")
@@ -49,19 +50,31 @@ class Item(NamedTuple):
 
     name: str
     source: Path | bytes
-    caption: Any  # None where there is none
+    caption: Any  # None where there is none, a list where there are several
     line: str  # where the caption stands, "" for nowhere
+    in_file: bool = False  # of its own, whose lines were broken by an editor or are several captions
+    mask: Path | None = None
 
 
 class FolderReader:
-    """Collects faults and warnings while it lists a folder and pairs its pictures with captions."""
+    """Collects faults and warnings while it lists a folder and pairs its pictures with captions.
 
-    def __init__(self, root: Path, suffixes: tuple[str, ...], allow_symlinks: bool):
+    Args:
+        extension: of caption files.
+    """
+
+    def __init__(self, root: Path, suffixes: tuple[str, ...], allow_symlinks: bool, extension: str = ".txt"):
         self.root, self.suffixes, self.allow_symlinks = root, suffixes, allow_symlinks
+        self.extension = extension.lower()
         self.faults: list[Fault] = []
         self.warnings: list[str] = []
         self.files = self._listed()
-        self.images = [name for name in self.files if name.lower().endswith(suffixes)]
+        images = [name for name in self.files if name.lower().endswith(suffixes)]
+        stems = {_stem(name): name for name in images}
+        masks = [name for name in images if _stem(name).endswith(MASK_SUFFIX)]
+        pairs = {name: stems.get(_stem(name).removesuffix(MASK_SUFFIX)) for name in masks}
+        self.masks = {image: name for name, image in pairs.items() if image}
+        self.images = [name for name in images if name not in self.masks.values()]
 
     def fault(self, where: str, problem: str, remedy: str) -> None:
         self.faults.append(Fault(f"{self.root}/{where}" if where else str(self.root), problem, remedy))
@@ -75,7 +88,14 @@ class FolderReader:
             return [], ""
         if METADATA in self.files:
             return self._from_metadata(caption_column)
-        return self._from_sidecars(missing_captions), ".txt files"
+        return self._from_sidecars(missing_captions), f"{self.extension} files"
+
+    def with_masks(self, items: list[Item]) -> list[Item]:
+        """The items with the masks that lie beside them."""
+        masks = {image: name for image, name in self.masks.items() if not self._refuse_link(name, "")}
+        return [
+            item._replace(mask=self.root / masks[item.name]) if item.name in masks else item for item in items
+        ]
 
     def _listed(self) -> list[str]:
         """Relative names, with forward slashes, of all files that are not hidden."""
@@ -160,7 +180,7 @@ class FolderReader:
                 Item(name, self.root / name, None, "") for name in others if not self._refuse_link(name, "")
             ]
         stems = {_stem(name) for name in self.images}
-        unused = [name for name in self.files if name.lower().endswith(".txt") and _stem(name) in stems]
+        unused = [name for name in self.files if self._holds_caption(name) and _stem(name) in stems]
         if unused:
             self.warnings.append(f"captions come from {METADATA}; not read: {listing(unused)}")
         return items, f"{METADATA}, key '{column}'"
@@ -229,19 +249,23 @@ class FolderReader:
         return None
 
     def _from_sidecars(self, missing_captions: str) -> list[Item]:
-        by_stem = {_stem(name): name for name in self.files if name.lower().endswith(".txt")}
-        # The other habits: .caption files, and one metadata.jsonl in each sub-folder.
-        strange = [name for name in self.files if name.endswith((".caption", f"/{METADATA}"))]
+        kind = self.extension
+        by_stem = {_stem(name): name for name in self.files if self._holds_caption(name)}
+        # The other habits: files of another name, and one metadata.jsonl in each sub-folder.
+        other = ".txt" if kind == ".caption" else ".caption"
+        strange = [name for name in self.files if name.endswith((other, f"/{METADATA}"))]
         ignored = f"; not read: {listing(strange)}" if strange else ""
-        hint = f"write a .txt beside each picture, or {METADATA} at the root, or {SKIP_OR_EMPTY}"
+        if any(name.endswith(other) for name in strange):
+            ignored += f' (caption_extension "{other}" reads these)'
+        hint = f"write a {kind} beside each picture, or {METADATA} at the root, or {SKIP_OR_EMPTY}"
         if not self.images:
             self._no_images()
         elif missing_captions == "error" and not any(_stem(name) in by_stem for name in self.images):
-            found = f"{len(self.images)} picture(s), but neither {METADATA} nor .txt files beside them"
+            found = f"{len(self.images)} picture(s), but neither {METADATA} nor {kind} files beside them"
             self.fault("", found + ignored, hint)
             return []
         elif strange:
-            self.warnings.append(f"captions come from .txt files beside the pictures{ignored}")
+            self.warnings.append(f"captions come from {kind} files beside the pictures{ignored}")
         items, users = [], defaultdict(list)
         for name in self.images:
             text_name = by_stem.get(_stem(name), "")
@@ -249,7 +273,7 @@ class FolderReader:
             caption = self._text(text_name) if text_name else None
             unreadable = bool(text_name) and caption is None
             if not self._refuse_link(name, "") and not unreadable:
-                items.append(Item(name, self.root / name, caption and " ".join(caption.split()), text_name))
+                items.append(Item(name, self.root / name, caption, text_name, in_file=True))
         shared = [text_name for text_name, names in users.items() if text_name and len(names) > 1]
         if shared:
             self.warnings.append(f"several pictures share one caption file: {listing(shared)}")
@@ -257,6 +281,9 @@ class FolderReader:
         if unused:
             self.warnings.append(f"no picture belongs to {listing(unused)}")
         return items
+
+    def _holds_caption(self, name: str) -> bool:
+        return name.lower().endswith(self.extension)
 
     def _no_images(self) -> None:
         problem = f"no pictures here or in sub-folders; looked for {', '.join(self.suffixes)}"

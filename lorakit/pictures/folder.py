@@ -9,20 +9,12 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lorakit.pictures.captions import (
-    SKIP_OR_EMPTY,
-    DataError,
-    Fault,
-    FolderReader,
-    Item,
-    is_unicode,
-    listing,
-    short,
-)
+from lorakit.pictures.caption_rules import CaptionLines, MissingCaptions, with_captions
+from lorakit.pictures.captions import DataError, Fault, FolderReader, Item, listing
 from lorakit.pictures.images import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, image_size, load_image
 
 
@@ -38,6 +30,15 @@ class Row:
     sha256: str  # of the file
     line: str  # where the caption came from, such as metadata.jsonl:3 or a.txt
     data: bytes | None = field(default=None, repr=False)
+    others: tuple[str, ...] = ()  # further captions; each showing has one of all
+    repeats: int = 1  # showings in an epoch
+    transparent: float = 0.0  # share of its pixels with an alpha below one half
+    mask: Path | None = None
+    mask_sha256: str = ""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.others)
 
     @property
     def source(self) -> Path | bytes:
@@ -55,13 +56,18 @@ class Table:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the pictures and captions in row order; names, dates and sizes do not enter."""
-        pairs = [[row.sha256, row.caption] for row in self.rows]
+        """sha256 of the pictures, captions and repeats in row order; names, dates and sizes do not enter."""
+        pairs = [
+            [row.sha256, *row.captions, *([row.repeats] if row.repeats != 1 else [])]
+            + ([["mask", row.mask_sha256]] if row.mask else [])
+            for row in self.rows
+        ]
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class _Policy:
+    caption_lines: str | None
     missing_captions: str
     broken_images: str
     max_image_pixels: int
@@ -75,9 +81,12 @@ def read_folder(
     root: str | Path,
     *,
     caption_column: str | None = None,
-    missing_captions: Literal["error", "skip", "empty"] = "error",
+    caption_extension: str = ".txt",
+    caption_lines: CaptionLines = "join",
+    missing_captions: MissingCaptions = "error",
     broken_images: Literal["error", "skip"] = "error",
     allow_symlinks: bool = False,
+    masks: bool = False,
     max_image_pixels: int = MAX_PIXELS,
     min_side: int = 16,
     max_aspect: float = 4.0,
@@ -90,7 +99,11 @@ def read_folder(
 
     Args:
         caption_column: key of the caption in metadata.jsonl (None: "text", or the only other key with text).
+        caption_lines: "choice" reads lines, or a list in metadata.jsonl, as several captions; "join" makes
+            one of lines, None too and warns; a list is then refused.
+        missing_captions: "folder" takes the name of the folder that the picture lies in.
         allow_symlinks: also take what a symbolic link brings in from outside the folder.
+        masks: a picture's mask lies beside it as NAME-masklabel.png.
         max_aspect: longest side over shortest.
         alpha_background: what transparent pictures are laid on.
         decode_limit: beyond so many pictures, only the headers of the others are read.
@@ -100,6 +113,7 @@ def read_folder(
     """
     root = Path(root)
     policy = _Policy(
+        caption_lines,
         missing_captions,
         broken_images,
         max_image_pixels,
@@ -111,15 +125,21 @@ def read_folder(
     if not root.is_dir():
         problem = "is a file, not a folder" if root.exists() else "no such folder"
         raise DataError([Fault(str(root), problem, "give the folder that holds the pictures")])
-    reader = FolderReader(root, IMAGE_SUFFIXES, allow_symlinks)
+    reader = FolderReader(root, IMAGE_SUFFIXES, allow_symlinks, caption_extension)
     items, source = reader.items(caption_column, missing_captions)
+    if masks:
+        items = reader.with_masks(items)
+    elif reader.masks:
+        listed = listing(reader.masks.values())
+        reader.warnings.append(f'masks are not used ({listed}): set masked_loss to "beside"')
     return _table(items, policy, reader.faults, reader.warnings, f"{root}/", source)
 
 
 def read_rows(
     records: Iterable[tuple[str, bytes | Path, object]],
     *,
-    missing_captions: Literal["error", "skip", "empty"] = "error",
+    caption_lines: CaptionLines = "join",
+    missing_captions: MissingCaptions = "error",
     broken_images: Literal["error", "skip"] = "error",
     max_image_pixels: int = MAX_PIXELS,
     min_side: int = 16,
@@ -133,6 +153,7 @@ def read_rows(
         DataError: lists every fault with the name of its row.
     """
     policy = _Policy(
+        caption_lines,
         missing_captions,
         broken_images,
         max_image_pixels,
@@ -154,7 +175,8 @@ def _table(
     caption_source: str,
 ) -> Table:
     """The checks that all sources share; `prefix` stands before a name in messages."""
-    items = _with_captions(_named_once(items, prefix, faults), policy, prefix, faults, warnings)
+    named = _named_once(items, prefix, faults)
+    items = with_captions(named, policy.caption_lines, policy.missing_captions, prefix, faults, warnings)
     rows = _inspected(items, policy, prefix, faults, warnings)
     if not rows and not faults:
         where = prefix.rstrip("/") or "the data set"
@@ -172,41 +194,6 @@ def _named_once(items: list[Item], prefix: str, faults: list[Fault]) -> list[Ite
             problem = f"'{item.name}' is already named in {earlier.line}"
             faults.append(Fault(prefix + item.line, problem, "keep one line for each picture"))
     return list(first.values())
-
-
-def _with_captions(
-    items: list[Item], policy: _Policy, prefix: str, faults: list[Fault], warnings: list[str]
-) -> list[Item]:
-    """The items with their captions as text, after the policy for missing ones."""
-    kept, missing = [], []
-    for item in items:
-        caption = item.caption.strip() if isinstance(item.caption, str) else ""
-        fault = _caption_fault(item)
-        if not (fault or caption) and policy.missing_captions == "error":
-            state = "no caption" if item.caption is None else "an empty caption"
-            fault = f"has {state}", f"write the missing captions or {SKIP_OR_EMPTY}"
-        elif not (fault or caption):
-            missing.append(item.name)
-        if fault:
-            problem, remedy = fault
-            faults.append(Fault(prefix + (item.line or item.name), f"'{item.name}' {problem}", remedy))
-        # With a fault too, so that the picture is checked in the same go.
-        if fault or caption or policy.missing_captions == "empty":
-            kept.append(item._replace(caption=caption))
-    if missing:
-        fate = "left out" if policy.missing_captions == "skip" else "trained with an empty one"
-        warnings.append(f"{len(missing)} picture(s) without a caption are {fate}: {listing(missing)}")
-    return kept
-
-
-def _caption_fault(item: Item) -> tuple[str, str] | None:
-    """(problem, remedy) of a caption that is not text."""
-    if item.caption is None or isinstance(item.caption, str):
-        if item.caption and ("\0" in item.caption or not is_unicode(item.caption)):
-            return "has a caption with NUL or half a character", "retype the caption"
-        return None
-    kind = {list: "a list", dict: "an object", bool: "true or false"}.get(type(item.caption), "a number")
-    return f"has {kind} for a caption: {short(repr(item.caption))}", "write captions as text in quotes"
 
 
 def _inspected(
@@ -228,7 +215,10 @@ def _inspected(
         faults += _size_faults(label, width, height, policy)
         transparent += [item.name] if share > 0.5 else []
         path, data = (None, item.source) if isinstance(item.source, bytes) else (item.source, None)
-        rows.append(Row(path, item.name, item.caption, width, height, sha256, item.line or item.name, data))
+        first, *others = item.caption
+        line = item.line or item.name
+        row = Row(path, item.name, first, width, height, sha256, line, data, tuple(others), transparent=share)
+        rows.append(_with_mask(row, item.mask, prefix, faults))
     if policy.broken_images == "error":
         faults += broken
     elif broken:
@@ -244,6 +234,27 @@ def _inspected(
             f"only the headers are checked of the {len(items) - limit} pictures after the first {limit}"
         )
     return rows
+
+
+def _with_mask(row: Row, mask: Path | None, prefix: str, faults: list[Fault]) -> Row:
+    """The row with its mask, which must be a picture of its aspect that is not black."""
+    if mask is None:
+        return row
+    label = f"{prefix}{row.name}"
+    try:
+        image = load_image(mask)
+    except (ImageError, OSError) as error:
+        faults.append(Fault(label, f"its mask cannot be read: {error}", "replace the mask or delete it"))
+        return row
+    width, height = image.size
+    if abs(width * row.height / (height * row.width) - 1) > 0.02:
+        problem = f"is {row.width}x{row.height}, its mask {width}x{height}"
+        faults.append(Fault(label, problem, "make the mask from the picture as it is"))
+    elif not image.convert("L").getextrema()[1]:
+        faults.append(
+            Fault(label, "its mask is black, so that nothing is trained", "white is what is trained")
+        )
+    return replace(row, mask=mask, mask_sha256=hashlib.sha256(mask.read_bytes()).hexdigest())
 
 
 def _size_faults(label: str, width: int, height: int, policy: _Policy) -> list[Fault]:
@@ -288,6 +299,6 @@ def _duplicates(rows: list[Row]) -> list[str]:
     found = {"the same caption": [], "different captions": []}
     for group in groups.values():
         if len(group) > 1:
-            kind = "the same caption" if len({row.caption for row in group}) == 1 else "different captions"
+            kind = "the same caption" if len({row.captions for row in group}) == 1 else "different captions"
             found[kind].append(" = ".join(row.name for row in group))
     return [f"identical pictures with {kind}: {listing(same)}" for kind, same in found.items() if same]

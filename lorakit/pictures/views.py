@@ -29,16 +29,24 @@ def bucket_shapes(resolution: int, multiple: int, max_aspect: float = 2.5) -> li
     return sorted(shapes) or [(resolution, resolution)]
 
 
-def assign_shapes(sizes: Iterable[Shape], resolution: int, multiple: int, buckets: bool) -> list[Shape]:
+def assign_shapes(
+    sizes: Iterable[Shape], resolution: int, multiple: int, buckets: bool, max_aspect: float = 2.5
+) -> list[Shape]:
     """The shape that each picture is trained at: the bucket of the nearest aspect, or a square."""
     if not buckets:
         return [(resolution, resolution) for _ in sizes]
-    shapes = bucket_shapes(resolution, multiple)
+    shapes = bucket_shapes(resolution, multiple, max_aspect)
 
     def distance(shape: Shape, aspect: float) -> tuple[float, int]:  # of two equal aspects, the larger bucket
         return abs(math.log(shape[0] / shape[1] / aspect)), -shape[0] * shape[1]
 
     return [min(shapes, key=partial(distance, aspect=width / height)) for width, height in sizes]
+
+
+def share_lost(size: Shape, shape: Shape) -> float:
+    """The share of a picture that sticks out of its shape and is cropped."""
+    ratio = size[0] * shape[1] / (size[1] * shape[0])
+    return 1 - min(ratio, 1 / ratio)
 
 
 def entry_name(*parts) -> str:

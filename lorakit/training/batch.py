@@ -22,6 +22,7 @@ class Batch:
     input_ids      (B, L)        int64, or None when the text states are cached
     keys           B times       seed, and what numbers the sample: its position in the run, or its place in
                                  the validation
+    weights        (B, 1, h, w)  float32, of the loss by place, or None where no masks are used
     """
 
     latents: Tensor
@@ -30,6 +31,7 @@ class Batch:
     prompt_embeds: Tensor | None
     input_ids: Tensor | None
     keys: tuple[SampleKey, ...]
+    weights: Tensor | None = None
 
     def text_states(self, text_encoder: Callable | None) -> Tensor:
         """(B, L, D): the cached states, or what `text_encoder` makes of the ids while it is trained."""

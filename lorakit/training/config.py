@@ -1,12 +1,14 @@
 """The keys of a training config, and which of them may change when a run is resumed. No torch here."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lorakit.ground.config import Config
+from lorakit.pictures.caption_rules import CaptionLines, MissingCaptions
+from lorakit.pictures.masks import MaskKind
 from lorakit.sampling.config import PromptSyntax
-from lorakit.training.objective_config import ObjectiveName, check_objectives
+from lorakit.training.objective_config import ObjectiveName, check_objectives, names_of
 from lorakit.weights.base_settings import BaseConfig, ClipSkip, PredictionType
 
 Tracker = Literal[
@@ -15,13 +17,20 @@ Tracker = Literal[
 
 
 # fmt: off
+class BaseLora(Config):
+    """A LoRA that becomes part of the base."""
+
+    path: str = Field(min_length=1, description="a LoRA file of any layout")
+    weight: float = Field(1.0, description="factor on its update")
+
+
 class TrainConfig(Config):
     """The keys of a training config. The flat names of the first block of each group are the tutorial's."""
 
     headings: ClassVar[dict[str, str]] = {
         "pretrained_model_name_or_path": "Base model and precision",
         "data_dir": "Pictures and captions",
-        "rank": "Adapter",
+        "init_lora": "Adapter",
         "objective": "Objective",
         "learning_rate": "Optimization",
         "output_dir": "Run, checkpoints and output",
@@ -30,6 +39,7 @@ class TrainConfig(Config):
 
     pretrained_model_name_or_path: str = Field("ckpt/miniature", min_length=1, description="base model: diffusers folder, hub id or single .safetensors file")
     base_config: BaseConfig = None
+    base_loras: tuple[BaseLora, ...] = Field((), description="LoRAs that are merged into the frozen base for this run; what is trained goes on top of them, and is to be used with them")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field("auto", description="compute dtype of the frozen base; auto: fp16 or bf16 if the launcher says so, else bf16 (or fp16) on a CUDA GPU and float32 elsewhere. LoRA weights are float32 always")
     prediction_type: PredictionType = None
     clip_skip: ClipSkip = None
@@ -39,26 +49,36 @@ class TrainConfig(Config):
     torch_compile: bool = Field(False, description="compile the U-Net: a slow start, then faster steps on a GPU")
     deterministic: bool = Field(False, description="bit-exact resume on a GPU too, by slower kernels (a CPU run is bit-exact always)")
 
-    data_dir: str | None = Field(None, description="folder of pictures, with metadata.jsonl (file_name, text) or a .txt beside each picture")
+    data_dir: str | None = Field(None, description="folder of pictures, with metadata.jsonl (file_name, text) or a .txt beside each picture; see caption_extension")
     dataset_name: str | None = Field(None, description="instead of data_dir: a hub dataset, or a folder that datasets.load_dataset reads; its pictures are held in memory")
     dataset_config_name: str | None = Field(None, description="configuration of that dataset")
     dataset_split: str = Field("train", description="split of that dataset, datasets' slicing allowed")
     image_column: str = Field("image", description="its column of pictures")
     caption_column: str | None = Field(None, description='column or key of captions; null: "text", or in a folder the only other key with text')
     resolution: int | None = Field(None, ge=8, description="pixels: side of the square, or square root of a bucket's area; null: the base's own")
-    aspect_ratio_buckets: bool | None = Field(None, description="train each picture near its own aspect; false: square crops; null: on for two pictures or more")
+    aspect_ratio_buckets: bool | None = Field(None, description="train each picture near its own aspect; false: square crops; null: on, but for a single picture that is square")
     crop: Literal["center", "random"] = Field("center", description="what of a picture is kept where it sticks out of its shape: the middle, or one of random_crops")
     random_crops: int = Field(8, ge=2, description="crops of a picture that are cached for crop random, its middle among them")
     random_flip: bool = Field(False, description="show half of the samples mirrored")
+    repeats: Literal["kohya"] | dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] | None = Field(None, description='showings of a picture in an epoch: folder of data_dir -> number, or "kohya" for the numbers of folders such as 20_cat; null: 1')
+    caption_extension: str = Field(".txt", pattern=r"^\.[A-Za-z0-9]+$", description='of the caption files beside the pictures; other programs write ".caption"')
+    caption_lines: CaptionLines = Field(None, description='several lines, or a list in metadata.jsonl: "choice" shows one of them at a time, "join" makes one caption of lines and refuses a list; null: join, and say so')
+    trigger_word: str | None = Field(None, min_length=1, pattern=r"\S", description='put at the beginning of each caption that does not hold it, or in place of its "[trigger]"')
+    caption_shuffle: bool = Field(False, description="show the tags of a caption, which commas part, in one of caption_orders orders")
+    keep_tokens: int = Field(0, ge=0, description="tags at the beginning that caption_shuffle leaves where they are")
+    caption_orders: int = Field(16, ge=2, le=1000, description="orders of a caption that are cached for caption_shuffle, its own among them")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of samples shown without caption, for guidance")
-    missing_captions: Literal["error", "skip", "empty"] = Field("error", description="a picture without caption: stop, leave it out, or train it with an empty one")
+    missing_captions: MissingCaptions = Field("error", description="a picture without caption: stop, leave it out, train it with an empty one, or with the name of its folder without a number")
     broken_images: Literal["error", "skip"] = Field("error", description="a picture that cannot be decoded: stop, or leave it out")
     allow_symlinks: bool = Field(False, description="follow links that lead out of data_dir")
     max_image_pixels: int = Field(64_000_000, gt=0, description="pixels: larger pictures are refused before they are decoded")
     max_aspect: float = Field(4.0, ge=1, description="longer side over shorter side beyond which a picture is refused")
+    masked_loss: MaskKind | None = Field(None, description='weight the loss by a mask, white is trained: "beside": NAME-masklabel.png beside NAME.png, "alpha": what is opaque; null: all alike')
+    unmasked_weight: float = Field(0.0, ge=0, lt=1, description="of the loss where a mask is black; a little keeps the surroundings from drifting")
     cache_dir: str | None = Field(None, description="cached latents and text states; null: <output_dir>/cache")
     dataloader_num_workers: int = Field(0, ge=0, le=64, description="threads that decode pictures while latents are cached; steps need none")
 
+    init_lora: str | None = Field(None, min_length=1, description="LoRA file of any layout whose change the run starts with; rank, lora_alpha, target_modules and train_text_encoder are its own where they are not set")
     rank: int = Field(8, ge=1, le=1024, description="rank r of the update B A")
     lora_alpha: float | None = Field(None, gt=0, description="the update is scaled by lora_alpha / rank; null: rank, so by 1")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A")
@@ -129,6 +149,8 @@ class TrainConfig(Config):
             raise ValueError('use_dora, save_format: DoRA has no kohya layout that all readers agree on; set save_format to "diffusers"')
         if self.init_lora_weights == "orthogonal" and (self.rank % 2 or self.target_modules == "all"):
             raise ValueError("init_lora_weights, rank, target_modules: orthogonal needs an even rank and linear layers only")
+        if self.init_lora and self.init_lora_weights == "orthogonal":
+            raise ValueError("init_lora, init_lora_weights: orthogonal starts with both halves filled, where those of init_lora belong")
         if (self.lr_step_rules is None) == (self.lr_scheduler_name == "piecewise_constant"):
             raise ValueError("lr_step_rules, lr_scheduler_name: piecewise_constant needs lr_step_rules, and only it takes them")
         if self.lr_warmup_steps and self.lr_scheduler_name in ("constant", "piecewise_constant"):
@@ -143,6 +165,16 @@ class TrainConfig(Config):
             raise ValueError("total_batch_size, gradient_accumulation_steps: set one of the two, the other follows")
         if self.validation_steps == 0 and (self.early_stop_patience or self.final_weights == "best"):
             raise ValueError("validation_steps, early_stop_patience, final_weights: without validation nothing is best")
+        if self.unmasked_weight and not self.masked_loss:
+            raise ValueError("unmasked_weight, masked_loss: there are no masks without masked_loss")
+        if self.masked_loss and "denoise" not in names_of(self.objective):
+            raise ValueError("masked_loss, objective: masks weight the loss of denoise, which objective does not name")
+        if self.masked_loss == "beside" and self.data_dir is None:
+            raise ValueError("masked_loss, dataset_name: masks lie beside the pictures of data_dir")
+        if self.keep_tokens and not self.caption_shuffle:
+            raise ValueError("keep_tokens, caption_shuffle: tags are kept in place only where caption_shuffle moves the others")
+        if self.repeats is not None and self.data_dir is None:
+            raise ValueError("repeats, dataset_name: repeats go by the folders of data_dir")
         if self.resume_from_checkpoint and self.overwrite:
             raise ValueError("resume_from_checkpoint, overwrite: continue the run or replace it, not both")
         if self.embedding_dirs and self.prompt_syntax == "plain":
@@ -154,6 +186,7 @@ class TrainConfig(Config):
 # What may change when a run is resumed. The rest is fixed: it would make another run of it.
 APPLIED = {"learning_rate", "text_encoder_learning_rate", "lr_scheduler_name", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_step_rules", "n_epochs", "max_train_steps", "adam_weight_decay", "max_grad_norm"}
 FREE = {
+    "caption_extension", "caption_lines", "init_lora", "base_loras",
     "train_batch_size", "gradient_accumulation_steps", "total_batch_size", "mixed_precision", "enable_xformers_memory_efficient_attention",
     "gradient_checkpointing", "allow_tf32", "torch_compile", "deterministic", "data_dir", "missing_captions", "broken_images", "allow_symlinks",
     "max_image_pixels", "max_aspect", "cache_dir", "dataloader_num_workers", "dataset_name", "dataset_config_name", "dataset_split",

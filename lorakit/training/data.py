@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,39 +25,10 @@ from lorakit.ground.errors import UserError
 from lorakit.ground.publish import publish_file
 from lorakit.pictures.folder import Table
 from lorakit.pictures.images import load_image
+from lorakit.pictures.masks import MaskKind, mask_entry, mask_weights
 from lorakit.pictures.views import Shape, View, entry_name
 from lorakit.training.batch import Batch
 from lorakit.weights.tensors import serialize
-
-# ---- which picture is seen when ----
-
-
-def sample_order(seed: int, buckets: Sequence, total_batch: int, steps: int) -> np.ndarray:
-    """The row that each sample of each step shows, (steps, total_batch) int64; a pure function.
-
-    Every bucket is an endless chain of its own shuffled epochs. A step takes `total_batch` rows from one
-    bucket, so that it can be split over processes and micro-batches in any way; the bucket that lags most
-    behind its share goes next, so that each picture is seen equally often.
-    """
-    groups = [np.flatnonzero([b == bucket for b in buckets]) for bucket in sorted(set(buckets))]
-    share = np.array([len(group) / len(buckets) for group in groups])
-    taken = np.zeros(len(groups))
-    chains = [_shuffled_epochs(seed, number, group) for number, group in enumerate(groups)]
-    order = np.empty((steps, total_batch), dtype=np.int64)
-    for step in range(steps):
-        turn = int(np.argmax(share * (step + 1) - taken))
-        taken[turn] += 1
-        order[step] = list(islice(chains[turn], total_batch))
-    return order
-
-
-def _shuffled_epochs(seed: int, number: int, rows: np.ndarray) -> Iterator[int]:
-    epoch = 0
-    while True:
-        shuffle = torch.randperm(len(rows), generator=randomness.generator(seed, "order", number, epoch))
-        yield from rows[shuffle.numpy()]
-        epoch += 1
-
 
 # ---- caches ----
 
@@ -119,8 +89,19 @@ def encode_views(
                 yield view
 
 
+def cache_masks(
+    views: Sequence[View], kind: MaskKind, factor: int, cache_dir: Path, image_options: dict
+) -> list[Path]:
+    """The cache entries of the weights (1, h, w) of views, made where they are missing."""
+    paths = [mask_entry(view, kind, factor, cache_dir) for view in views]
+    for view, path in zip(views, paths, strict=True):
+        if read_entry(path) is None:
+            write_entry(path, torch.from_numpy(mask_weights(view, kind, factor, **image_options)))
+    return paths
+
+
 class Latents:
-    """Cached posterior moments by index: on the device when they fit, else in memory, else read from disk.
+    """Cached posterior moments or weights by index: on the device if they fit, else in memory, else on disk.
 
     Args:
         paths: cache entries, all valid.
@@ -146,7 +127,7 @@ class Latents:
         return moments
 
     def __getitem__(self, index: int) -> Tensor:
-        """Moments (2C, h, w) on the device."""
+        """Moments (2C, h, w), or weights (1, h, w), on the device."""
         moments = self._read(self.paths[index]) if self.held is None else self.held[index]
         return moments.to(self.device)
 
@@ -179,11 +160,13 @@ class Augmentation:
     """What is drawn anew each time a picture is seen.
 
     `noise_offset` is Guttenberg's (2023): a constant per channel added to the noise; `caption_dropout` the
-    share of samples shown without their caption, for guidance.
+    share of samples shown without their caption, for guidance; `unmasked_weight` the weight of the loss where
+    a mask is black.
     """
 
     noise_offset: float = 0.0
     caption_dropout: float = 0.0
+    unmasked_weight: float = 0.0
 
 
 class TrainingData:
@@ -196,6 +179,7 @@ class TrainingData:
         views: how many views each row has; one of them is drawn each time the row is shown.
         text_states: prompt -> (L, D), "" among them; None while the text encoder is trained.
         token_ids: prompt -> (L,), "" among them; None unless the text encoder is trained.
+        masks: weights (1, h, w) of all views; None without masks.
     """
 
     def __init__(
@@ -211,7 +195,9 @@ class TrainingData:
         augmentation: Augmentation,
         num_timesteps: int,
         seed: int,
+        masks: Latents | None = None,
     ):
+        self.masks = masks
         self.table, self.shapes, self.latents, self.views = table, shapes, latents, views
         self.first_view = np.cumsum([0, *views])
         self.text_states, self.token_ids = text_states, token_ids
@@ -232,13 +218,24 @@ class TrainingData:
             prompt_embeds=self._stack(self.text_states, prompts),
             input_ids=self._stack(self.token_ids, prompts),
             keys=tuple((self.seed, position) for position in positions),
+            weights=self._weights([self._view(row, position) for row, position in samples]),
         )
+
+    def _view(self, row: int, position: int) -> int:
+        """The index among all views of the one that a sample shows."""
+        return int(self.first_view[row]) + randomness.integer(self.views[row], self.seed, "view", position)
+
+    def _weights(self, views: Sequence[int]) -> Tensor | None:
+        """(B, 1, h, w)"""
+        if self.masks is None:
+            return None
+        lowest = self.augmentation.unmasked_weight
+        return lowest + (1 - lowest) * torch.stack([self.masks[view] for view in views])
 
     def _latent(self, row: int, position: int) -> tuple[Tensor, Tensor]:
         """Scaled latents (C, h, w) on the device and their noise on the CPU."""
         seed = self.seed
-        view = randomness.integer(self.views[row], seed, "view", position)
-        moments = self.latents[self.first_view[row] + view]
+        moments = self.latents[self._view(row, position)]
         shape = (moments.shape[0] // 2, *moments.shape[1:])
         posterior_noise = randomness.normal(shape, seed, "posterior", position)
         posterior_noise = posterior_noise.to(self.device, non_blocking=True)
@@ -250,7 +247,10 @@ class TrainingData:
 
     def _prompt(self, row: int, position: int) -> str:
         draw = randomness.uniform(self.seed, "caption dropout", position)
-        return "" if draw < self.augmentation.caption_dropout else self.table.rows[row].caption
+        if draw < self.augmentation.caption_dropout:
+            return ""
+        captions = self.table.rows[row].captions
+        return captions[randomness.integer(len(captions), self.seed, "caption", position)]
 
     def _timestep(self, position: int) -> int:
         return randomness.integer(self.num_timesteps, self.seed, "timestep", position)
@@ -276,6 +276,7 @@ class TrainingData:
             prompt_embeds=self._stack(self.text_states, prompts),
             input_ids=self._stack(self.token_ids, prompts),
             keys=tuple((0, "validation", picture.sha256, k) for k in range(count)),
+            weights=self._weights([int(self.first_view[row])] * count),
         )
 
     def embed(self, prompts: Sequence[str], text_encoder: Callable | None) -> Tensor:

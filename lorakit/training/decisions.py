@@ -10,6 +10,7 @@ import torch
 
 from lorakit.ground.checkpoints import checkpoints
 from lorakit.training.data import TrainingData
+from lorakit.training.order import split_step
 from lorakit.training.plan import Plan
 from lorakit.training.setup import Learner
 from lorakit.training.watch import Broken
@@ -47,6 +48,11 @@ def gradient_sync(accelerator, learner: Learner, last: bool) -> contextlib.Abstr
         if model is not None and not last:
             stack.enter_context(accelerator.no_sync(model))
     return stack
+
+
+def place(accelerator) -> tuple[int, int]:
+    """How many processes there are, and which of them this is."""
+    return accelerator.num_processes, accelerator.process_index
 
 
 def any_process(accelerator, flag: bool) -> bool:
@@ -97,8 +103,10 @@ def start_trackers(cfg: Any, accelerator) -> None:
 def diverged(cfg: Any, plan: Plan, run: Path, data: TrainingData, order, broken: Broken, rate: float) -> str:
     """What is known of the step whose loss or gradient was not finite, at learning rate `rate`."""
     step = broken.step
-    positions = range((step - 1) * plan.total_batch, step * plan.total_batch)
-    samples = data.describe(order[step - 1], positions)
+    samples = "; ".join(
+        data.describe(share.rows, share.positions(step - 1, plan.total_batch))
+        for share in split_step(order[step - 1], plan.shapes, plan.total_batch)
+    )
     kept = checkpoints(run)
     return (
         f"step {step}: {broken.what} is not finite, at learning rate {rate:.3g}. "

@@ -27,6 +27,8 @@ class Denoise(Term):
 
     def loss(self, models: Models, at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         error = (at.prediction.float() - at.target.float()) ** 2  # (B, C, h, w)
+        if at.batch.weights is not None:
+            error = error * at.batch.weights
         loss = torch.mean(error, dim=(1, 2, 3))  # (B,)
         if self.snr_gamma is not None:
             schedule, timesteps = models.schedule, at.batch.timesteps

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakit.ground.publish import existing_parent
 from lorakit.sampling.prompts import text_notes
+from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import text_layers
@@ -90,11 +91,12 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
     lines += [f"            {part:13s} {path}" for part, path in base.files.items()]
     lines += _picture_lines(cfg, plan)
     lines += [f"tokens      {line}" for line in lost_tokens(cfg, plan)]
-    epochs = plan.total_batch * plan.steps / len(plan.table.rows)
+    epochs = plan.order["showings"] / sum(plan.repeats)
     elsewhere = "; ".join(f"on {n} processes {_steps_on(cfg, plan, n)}" for n in (2, 4))
     lines.append(
         f"steps       {plan.steps} of {plan.total_batch} sample(s): {epochs:.4g} epochs; {elsewhere}"
     )
+    lines.append(f"shown       {_shown(cfg, plan)}")
     if base.known:
         vae_hash = base_identity(base, "vae")
         views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
@@ -120,7 +122,8 @@ def _picture_lines(cfg: Any, plan: Plan) -> Iterator[str]:
     for row, (width, height) in list(zip(rows, plan.shapes, strict=True))[:10]:
         caption = row.caption if len(row.caption) <= 50 else row.caption[:49] + "…"
         sizes = f"{row.width:5d}x{row.height:<5d} at {width}x{height}"
-        yield f"            {row.name:24.24s} {sizes}  {caption!r}"
+        others = f" and {len(row.others)} more" if row.others else ""
+        yield f"            {row.name:24.24s} {sizes}  {caption!r}{others}"
     if len(rows) > 10:
         yield f"            … and {len(rows) - 10} more"
     buckets = Counter(plan.shapes)
@@ -151,7 +154,19 @@ def _base_line(base: BaseInfo) -> str:
 
 def _steps_on(cfg: Any, plan: Plan, processes: int) -> int:
     total = plan.total_batch if cfg.total_batch_size else plan.total_batch // plan.world_size * processes
-    return count_steps(cfg, len(plan.table.rows), total)
+    return count_steps(cfg, sum(plan.repeats), total)
+
+
+def _shown(cfg: Any, plan: Plan) -> str:
+    """How often the run shows the pictures, by their repeats."""
+    counts, repeats = count_showings(cfg.seed, **plan.order), plan.repeats
+    said = []
+    for number in sorted(set(repeats)):
+        own = [int(count) for count, each in zip(counts, repeats, strict=True) if each == number]
+        times = f"{min(own)} to {max(own)}" if min(own) < max(own) else f"{own[0]}"
+        whose = f"{len(own)} picture(s) with {number} repeats" if len(set(repeats)) > 1 else "each picture"
+        said.append(f"{whose} {times} times")
+    return ", ".join(said)
 
 
 def lost_tokens(cfg: Any, plan: Plan) -> list[str]:
@@ -160,11 +175,12 @@ def lost_tokens(cfg: Any, plan: Plan) -> list[str]:
     Raises:
         UserError: sample_prompts have marks that cannot be read.
     """
-    rows = plan.table.rows
-    found = [
-        f"{rows[index].line}: {tokens} tokens, {limit} are read; lost: {words!r}"
-        for index, tokens, limit, words in overlong(plan.base, [row.caption for row in rows])
-    ]
+    texts = [(row.line, caption) for row in plan.table.rows for caption in row.captions]
+    by_line = {  # the first of those that stand in one place
+        texts[index][0]: f"{texts[index][0]}: {tokens} tokens, {limit} are read; lost: {words!r}"
+        for index, tokens, limit, words in reversed(overlong(plan.base, [caption for _, caption in texts]))
+    }
+    found = list(reversed(by_line.values()))
     more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
     samples = [(prompt, "sample_prompts") for prompt in cfg.sample_prompts or ()]
     return found[:20] + more + text_notes(samples, cfg.prompt_syntax, cfg.embedding_dirs, plan.base)

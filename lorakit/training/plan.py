@@ -7,23 +7,30 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.folder import Table, read_folder, read_rows
-from lorakit.pictures.views import Shape, View, assign_shapes, views_of
+from lorakit.pictures.views import Shape, View, assign_shapes, share_lost, views_of
+from lorakit.pictures.wording import with_repeats, with_wording
+from lorakit.training.doubts import doubts
+from lorakit.training.order import holds_steps
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip
 
 LONGEST_NAME = 255  # bytes, on nearly every file system
+MUCH = 0.1  # of a picture, cropped
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`total_batch` samples per step, split over `world_size` processes and `accumulation` micro-batches."""
+    """`total_batch` samples per step, split over `world_size` processes and `accumulation` micro-batches.
+
+    `samples` is how many the run has where n_epochs ends it, else None.
+    """
 
     base: BaseInfo
     table: Table
@@ -35,8 +42,26 @@ class Plan:
     accumulation: int
     total_batch: int
     steps: int
+    samples: int | None
     cache_dir: Path
     notes: tuple[str, ...]
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        return tuple(row.repeats for row in self.table.rows)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """Arguments of order.sample_order but for the seed."""
+        whole = self.steps * self.total_batch
+        full = self.samples is None or holds_steps(self.shapes, self.repeats, self.total_batch)
+        return {
+            "buckets": self.shapes,
+            "repeats": self.repeats,
+            "total_batch": self.total_batch,
+            "steps": self.steps,
+            "showings": whole if full else min(whole, self.samples),
+        }
 
 
 def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Plan:
@@ -58,8 +83,10 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
     table = read_table(cfg)
     validation = None
     if cfg.validation_data_dir:
-        validation = read_folder(Path(cfg.validation_data_dir), **folder_options(cfg))
-    buckets = len(table.rows) > 1 if cfg.aspect_ratio_buckets is None else cfg.aspect_ratio_buckets
+        validation = _worded(cfg, read_folder(Path(cfg.validation_data_dir), **folder_options(cfg)))
+    buckets = cfg.aspect_ratio_buckets
+    if buckets is None:  # a single square keeps the very resolution, which need be no bucket's
+        buckets = len(table.rows) > 1 or table.rows[0].width != table.rows[0].height
     if buckets and resolution < base.size_multiple:
         raise UserError(
             f"resolution {resolution}, aspect_ratio_buckets: buckets of this base are multiples of "
@@ -68,21 +95,14 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
 
     def shapes_of(rows) -> tuple[Shape, ...]:
         sizes = [(row.width, row.height) for row in rows]
-        return tuple(assign_shapes(sizes, resolution, base.size_multiple, buckets))
+        return tuple(assign_shapes(sizes, resolution, base.size_multiple, buckets, cfg.max_aspect))
 
-    per_pass = cfg.train_batch_size * world_size
-    accumulation = cfg.gradient_accumulation_steps
-    if cfg.total_batch_size:
-        if cfg.total_batch_size % per_pass:
-            raise UserError(
-                f"total_batch_size {cfg.total_batch_size}: must divide by train_batch_size x processes, "
-                f"{cfg.train_batch_size} x {world_size}"
-            )
-        accumulation = cfg.total_batch_size // per_pass
-    total_batch = per_pass * accumulation
-    steps = count_steps(cfg, len(table.rows), total_batch)
+    accumulation = _accumulation(cfg, world_size)
+    total_batch = cfg.train_batch_size * world_size * accumulation
+    epoch = sum(row.repeats for row in table.rows)
+    steps = count_steps(cfg, epoch, total_batch)
     shapes = shapes_of(table.rows)
-    return Plan(
+    plan = Plan(
         base=base,
         table=table,
         shapes=shapes,
@@ -93,14 +113,29 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         accumulation=accumulation,
         total_batch=total_batch,
         steps=steps,
+        samples=cfg.n_epochs * epoch
+        if cfg.n_epochs and steps * total_batch >= cfg.n_epochs * epoch
+        else None,
         cache_dir=_cache_dir(cfg),
         notes=(*base.notes, *_notes(table, shapes, validation)),
     )
+    return replace(plan, notes=(*plan.notes, *doubts(cfg, plan)))
 
 
-def count_steps(cfg: Any, pictures: int, total_batch: int) -> int:
-    """Optimizer steps: as n_epochs or max_train_steps say, whichever ends first."""
-    epochs = math.inf if cfg.n_epochs is None else math.ceil(cfg.n_epochs * pictures / total_batch)
+def _accumulation(cfg: Any, world_size: int) -> int:
+    if not cfg.total_batch_size:
+        return cfg.gradient_accumulation_steps
+    if cfg.total_batch_size % (cfg.train_batch_size * world_size):
+        raise UserError(
+            f"total_batch_size {cfg.total_batch_size}: must divide by train_batch_size x processes, "
+            f"{cfg.train_batch_size} x {world_size}"
+        )
+    return cfg.total_batch_size // (cfg.train_batch_size * world_size)
+
+
+def count_steps(cfg: Any, epoch: int, total_batch: int) -> int:
+    """Optimizer steps: as n_epochs of `epoch` samples or max_train_steps say, whichever ends first."""
+    epochs = math.inf if cfg.n_epochs is None else math.ceil(cfg.n_epochs * epoch / total_batch)
     return int(min(epochs, cfg.max_train_steps or math.inf))
 
 
@@ -163,22 +198,36 @@ def missing_packages(cfg: Any) -> None:
 def folder_options(cfg: Any) -> dict[str, Any]:
     keys = (
         "caption_column",
+        "caption_extension",
+        "caption_lines",
         "missing_captions",
         "broken_images",
         "allow_symlinks",
         "max_image_pixels",
         "max_aspect",
     )
-    return {key: getattr(cfg, key) for key in keys}
+    return {key: getattr(cfg, key) for key in keys} | {"masks": cfg.masked_loss == "beside"}
 
 
 def read_table(cfg: Any) -> Table:
     """The checked rows of `data_dir` or of `dataset_name`."""
     if cfg.data_dir is not None:
-        return read_folder(Path(cfg.data_dir), **folder_options(cfg))
+        table = read_folder(Path(cfg.data_dir), **folder_options(cfg))
+        return _worded(cfg, with_repeats(table, cfg.repeats))
     options = folder_options(cfg)
-    del options["caption_column"], options["allow_symlinks"]
-    return read_rows(_dataset_records(cfg), **options)
+    for key in ("caption_column", "caption_extension", "allow_symlinks", "masks"):
+        del options[key]
+    return _worded(cfg, read_rows(_dataset_records(cfg), **options))
+
+
+def _worded(cfg: Any, table: Table) -> Table:
+    return with_wording(
+        table,
+        shuffle=cfg.caption_shuffle,
+        keep_tokens=cfg.keep_tokens,
+        orders=cfg.caption_orders,
+        trigger=cfg.trigger_word,
+    )
 
 
 def _load_dataset(cfg: Any) -> Any:
@@ -227,6 +276,11 @@ def _notes(table: Table, shapes: tuple[Shape, ...], validation: Table | None) ->
     if small:
         names = ", ".join(small[:5])
         yield f"{len(small)} picture(s) are smaller than they are trained at and will be enlarged: {names}"
+    lost = [(share_lost((r.width, r.height), s), r.name) for r, s in zip(table.rows, shapes, strict=True)]
+    if lost := sorted((each for each in lost if each[0] > MUCH), reverse=True):
+        names = ", ".join(f"{name} {share:.0%}" for share, name in lost[:5])
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        yield f"{len(lost)} picture(s) lose more than {MUCH:.0%} to cropping at each showing: {names}{more}"
     if validation:
         same = {row.sha256 for row in table.rows} & {row.sha256 for row in validation.rows}
         if same:

@@ -1,5 +1,6 @@
 """The data of a run, ready for the loop: filled caches, training and validation data, the sample sheet."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from lorakit.training.data import (
     Augmentation,
     Latents,
     TrainingData,
+    cache_masks,
     cache_text_states,
     encode_views,
     missing_views,
 )
 from lorakit.training.objective_config import prompts_of
 from lorakit.training.plan import Plan, Views, training_views, validation_views
+from lorakit.training.resume import base_loras_record
 from lorakit.training.watch import Embed, Embeds, SampleSheet
 from lorakit.weights.identity import base_identity
 
@@ -87,6 +90,8 @@ def _cached(
     cfg, plan, base, accelerator, between, table: Table, shapes, rows: Views, prompts
 ) -> TrainingData:
     vae_hash, text_hash = (base_identity(base.info, part) for part in ("vae", "text_encoder"))
+    if cfg.base_loras:
+        text_hash += json.dumps(base_loras_record(cfg))
     views = [view for row in rows for view in row]
     share = views[accelerator.process_index :: accelerator.num_processes]
     missing = missing_views(share, plan.cache_dir, vae_hash)
@@ -95,7 +100,12 @@ def _cached(
     encoding = encode_views(missing, base, plan.cache_dir, vae_hash, **options)
     for _ in tqdm(encoding, total=len(missing), desc="caching latents", disable=quiet):
         between()
-    prompts = list(dict.fromkeys(["", *prompts, *(row.caption for row in table.rows)]))
+    if cfg.masked_loss:
+        masking = cfg.masked_loss, base.info.vae_factor, plan.cache_dir, options["image_options"]
+        cache_masks(share, *masking)
+    prompts = list(
+        dict.fromkeys(["", *prompts, *(caption for row in table.rows for caption in row.captions)])
+    )
     on_device, in_memory = _budget(base.device)
     states, ids = None, None
     if cfg.train_text_encoder:
@@ -110,17 +120,20 @@ def _cached(
         states = cache_text_states(prompts, base, plan.cache_dir, text_hash, where)
     accelerator.wait_for_everyone()
     entries = [view.entry(plan.cache_dir, vae_hash) for view in views]
+    budget = on_device, in_memory
+    masks = Latents(cache_masks(views, *masking), base.device, budget) if cfg.masked_loss else None
     return TrainingData(
         table,
         shapes,
-        Latents(entries, base.device, (on_device, in_memory)),
+        Latents(entries, base.device, budget),
         [len(row) for row in rows],
         base,
         text_states=states,
         token_ids=ids,
-        augmentation=Augmentation(cfg.noise_offset, cfg.caption_dropout),
+        augmentation=Augmentation(cfg.noise_offset, cfg.caption_dropout, cfg.unmasked_weight),
         num_timesteps=base.scheduler.config.num_train_timesteps,
         seed=cfg.seed,
+        masks=masks,
     )
 
 

@@ -1,5 +1,6 @@
 """Whether a checkpoint belongs to the run that a config describes. No torch here."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +38,26 @@ def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
         "config": cfg.model_dump(mode="json"),
         "base": base_record(plan.base),
         "dataset": plan.table.fingerprint,
+        "base_loras": base_loras_record(cfg),
         "resolution": plan.resolution,
         "total_batch": plan.total_batch,
         "validation": validation_record(cfg, plan),
     }
+
+
+def base_loras_record(cfg: Any) -> list[Any]:
+    """[sha256, weight] of each file that is merged into the base, wherever it lies."""
+    return [[_digest(Path(entry.path)), entry.weight] for entry in cfg.base_loras]
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, or of those in a folder."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for each in files:
+        with each.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def validation_record(cfg: Any, plan: Plan) -> list[Any]:
@@ -96,6 +113,8 @@ def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
     lines = [f"{key}: {old[key]} -> {new[key]}" for key in sorted(changed & FIXED)]
     if state["total_batch"] != plan.total_batch:
         lines.append(f"samples per step: {state['total_batch']} -> {plan.total_batch} (set total_batch_size)")
+    if state.get("base_loras", []) != base_loras_record(cfg):
+        lines.append("base_loras: other files or weights")
     if plan.base.known and state["resolution"] != plan.resolution:
         lines.append(f"resolution: {state['resolution']} -> {plan.resolution}")
     if lines:

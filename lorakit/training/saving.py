@@ -107,7 +107,7 @@ def write_lora(
 
     Its bytes follow from config, data and versions alone.
     """
-    base, pictures = plan.base, len(plan.table.rows)
+    base, pictures = plan.base, sum(plan.repeats)  # as kohya counts them
     metadata = training_metadata(
         name=cfg.ckpt_name,
         rank=cfg.rank,
@@ -122,6 +122,8 @@ def write_lora(
         epochs=step * plan.total_batch // pictures,
         num_images=pictures,
     )
+    if cfg.trigger_word:
+        metadata["modelspec.trigger_phrase"] = cfg.trigger_word
     dtype = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[cfg.save_dtype]
     content = lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata)
 

@@ -20,7 +20,7 @@ def verify_resume(train: Callable, cfg: Any, plan: Plan, steps: int = 3) -> str:
     Raises:
         DivergedError: the two differ: on this machine, with this config, a resumed run is another run.
     """
-    plan = replace(plan, steps=2 * steps)
+    plan = replace(plan, steps=2 * steps, samples=None)
     digests = []
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"report_to": None, "sample_steps": 0, "validation_steps": steps, "overwrite": False}

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,6 @@ from lorakit.training.data import (
     encode_views,
     missing_views,
     read_entry,
-    sample_order,
     write_entry,
 )
 from lorakit.weights.base import inspect_base, weights_hash
@@ -66,43 +64,6 @@ def make_data(base, pictures, tmp_path):
         )
 
     return make
-
-
-# ---- order ----
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("total_batch", [1, 2, 3, 5])
-def test_one_bucket_shows_every_picture_equally_often(seed, total_batch):
-    order = sample_order(seed, ["a"] * 7, total_batch, steps=7 * 4)
-    assert order.shape == (28, total_batch)
-    assert (np.bincount(order.ravel(), minlength=7) == 4 * total_batch).all()
-    for epoch in order.ravel()[: 7 * (order.size // 7)].reshape(-1, 7):
-        assert sorted(epoch) == list(range(7))
-
-
-def test_epochs_are_shuffled_differently_and_by_seed():
-    order = sample_order(0, ["a"] * 50, 1, 100).ravel()
-    assert list(order[:50]) != list(order[50:])
-    assert list(order) != list(sample_order(1, ["a"] * 50, 1, 100).ravel())
-
-
-def test_a_step_shows_one_bucket_and_buckets_get_their_share():
-    buckets = ["wide"] * 6 + ["tall"] * 3 + ["square"]
-    order = sample_order(0, buckets, 4, steps=100)
-    for step in order:
-        assert len({buckets[row] for row in step}) == 1
-    counts = np.bincount(order.ravel(), minlength=10) / 40
-    assert np.abs(counts - 1).max() < 0.15  # each picture within 15 % of its epochs
-
-
-def test_fewer_pictures_than_the_batch_still_fill_it():
-    assert sample_order(0, ["a"], 4, 3).tolist() == [[0] * 4] * 3
-
-
-def test_a_longer_run_begins_like_a_shorter_one():
-    buckets = ["a", "a", "b"]
-    np.testing.assert_array_equal(sample_order(3, buckets, 2, 40)[:10], sample_order(3, buckets, 2, 10))
 
 
 # ---- caches ----
