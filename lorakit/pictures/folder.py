@@ -67,8 +67,8 @@ class Table:
 
 @dataclass(frozen=True)
 class _Policy:
-    caption_lines: str | None
-    missing_captions: str
+    caption_lines: CaptionLines
+    missing_captions: MissingCaptions
     broken_images: str
     max_image_pixels: int
     min_side: int

@@ -46,7 +46,9 @@ def _mask(row: Row, kind: MaskKind, options: dict[str, Any]) -> Image.Image | No
         return load_image(row.mask, **options).convert("L").convert("RGB").resize((row.width, row.height))
     # What shines through on white and not on black is what alpha leaves of the ground.
     white, black = (
-        np.asarray(load_image(row.source, name=row.name, background=(level,) * 3, **options), dtype=np.int16)
+        np.asarray(
+            load_image(row.source, name=row.name, background=(level, level, level), **options), dtype=np.int16
+        )
         for level in (255, 0)
     )
     return Image.fromarray((255 - (white - black)).clip(0, 255).astype(np.uint8))

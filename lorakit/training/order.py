@@ -126,7 +126,7 @@ def _epochs(seed: int, groups: Sequence[np.ndarray], total_batch: int) -> Iterat
     for epoch in count():
         whole, rest = [], []
         for number, group in enumerate(groups):
-            rows = _shuffled(group, seed, "rows", number, epoch)
+            rows = _shuffled(list(group), seed, "rows", number, epoch)
             cut = len(rows) // total_batch * total_batch
             whole += [rows[start : start + total_batch] for start in range(0, cut, total_batch)]
             rest += rows[cut:]

@@ -54,13 +54,13 @@ class Plan:
     def order(self) -> dict[str, Any]:
         """Arguments of order.sample_order but for the seed."""
         whole = self.steps * self.total_batch
-        full = self.samples is None or holds_steps(self.shapes, self.repeats, self.total_batch)
+        full = holds_steps(self.shapes, self.repeats, self.total_batch)
         return {
             "buckets": self.shapes,
             "repeats": self.repeats,
             "total_batch": self.total_batch,
             "steps": self.steps,
-            "showings": whole if full else min(whole, self.samples),
+            "showings": whole if full or self.samples is None else min(whole, self.samples),
         }
 
 
@@ -86,7 +86,8 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         validation = _worded(cfg, read_folder(Path(cfg.validation_data_dir), **folder_options(cfg)))
     buckets = cfg.aspect_ratio_buckets
     if buckets is None:  # a single square keeps the very resolution, which need be no bucket's
-        buckets = len(table.rows) > 1 or table.rows[0].width != table.rows[0].height
+        first, *others = table.rows
+        buckets = bool(others) or first.width != first.height
     if buckets and resolution < base.size_multiple:
         raise UserError(
             f"resolution {resolution}, aspect_ratio_buckets: buckets of this base are multiples of "

@@ -181,7 +181,9 @@ def _widened(pair: LoraPair, live: LoraPair) -> LoraPair:
     factor = pair.scale / live.scale
     own = pair.up.float() * (1.0 if math.isclose(factor, 1.0, rel_tol=1e-6) else factor)
     up[:, : pair.rank] = own.reshape(up.shape[0], pair.rank, *up.shape[2:])
-    magnitude = None if pair.magnitude is None else pair.magnitude.reshape_as(live.magnitude)
+    magnitude = live.magnitude
+    if magnitude is not None and pair.magnitude is not None:
+        magnitude = pair.magnitude.reshape(magnitude.shape)
     return LoraPair(down, up, live.alpha, magnitude)
 
 

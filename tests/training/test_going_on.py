@@ -177,6 +177,20 @@ def test_what_clip_skip_drops_of_a_start_is_said(without_targets, tiny_text_enco
     assert dropped and text.keys() - out.keys() == set(dropped)
 
 
+def test_dora_goes_on_with_its_magnitudes_where_dora_is_asked_for(
+    without_targets, tiny_unet, random_lora, tmp_path
+):
+    file = random_lora(tiny_unet(), 7, rank=2, targets="attention", use_dora=True)
+    path = write(tmp_path / "dora.safetensors", file, "diffusers")
+    with pytest.raises(UserError, match="is DoRA; set use_dora to true"):
+        settled(config_of(without_targets(init_lora=path)))
+    asked = dict(use_dora=True, save_format="diffusers", learning_rate=0.0)
+    out = read_lora(train_from(without_targets(init_lora=path, **asked))).modules
+    for name, pair in file.modules.items():
+        for slot, tensor in pair.tensors().items():
+            assert torch.equal(out[name].tensors()[slot].flatten(), tensor.flatten()), slot
+
+
 def test_a_loha_file_is_a_start_as_well(without_targets, start, tmp_path):
     name = next(iter(read_lora(start).modules))
     side = read_lora(start).modules[name].up.shape[0]
