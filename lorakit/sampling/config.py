@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
+from lorakit.weights.adapter_config import lora_path
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import (
     BaseConfig,
@@ -180,7 +181,7 @@ def read_hints(path: str) -> dict[str, Any]:
     """
     if not Path(path).exists():
         raise UserError(f"loras: {path}: there is no such file; train it with train_lora.py, or set loras=[]")
-    text = read_header(Path(path))[1].get(HINTS_KEY)
+    text = read_header(lora_path(path))[1].get(HINTS_KEY)
     if text is None:
         return {}
     try:

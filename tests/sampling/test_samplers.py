@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -215,6 +216,31 @@ def test_a_part_at_0_takes_no_part(base, files):
         assert distance(less, whole) > ONE_LEVEL and distance(less, without) > ONE_LEVEL, part
     only_unet = draw(base, (files["both"], {"blocks": {"text_encoder": 0.0}}))
     assert distance(only_unet, draw(base, (files["a"], {}))) <= ONE_LEVEL
+
+
+def test_a_dora_at_0_is_off_in_a_block_and_as_a_whole(base, fresh, random_lora, tmp_path):
+    """Its magnitudes are off the base's rows, so that a scale of 0 would leave them."""
+    made = random_lora(base.unet, 104, use_dora=True, targets="attention")
+    generator = torch.Generator().manual_seed(0)
+    modules = {
+        name: replace(
+            pair, magnitude=pair.magnitude * (1 + 0.1 * torch.rand(len(pair.up), generator=generator))
+        )
+        for name, pair in made.modules.items()
+    }
+    parts = {"dora": modules, "middle": {n: p for n, p in modules.items() if "_mid_block_" in n}}
+    for name, own in parts.items():
+        content = lora_bytes(own, layout="diffusers", metadata={})
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    path, middle = (str(tmp_path / f"{name}.safetensors") for name in parts)
+    without, whole = draw(base), draw(base, (path, {}))
+    off = {"down_blocks": 0.0, "mid_block": 0.0, "up_blocks": 0.0}
+    assert (draw(base, (path, {"blocks": off})) == without).all()
+    assert (draw(base, (path, {"weight": 0})) == without).all()
+    only = draw(base, (path, {"blocks": {"down_blocks": 0.0, "up_blocks": 0.0}}))
+    assert distance(only, draw(fresh(), (middle, {}))) <= ONE_LEVEL
+    assert distance(only, without) > ONE_LEVEL and distance(only, whole) > ONE_LEVEL
+    assert (draw(base, (path, {})) == whole).all()  # and on again
 
 
 def test_the_longest_beginning_counts_and_ends_at_a_dot(base, files):
