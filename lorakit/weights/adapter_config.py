@@ -140,7 +140,11 @@ class AdapterAlphas:
         if beside is not None:
             config = _Config(beside, label)
             self._configs = dict.fromkeys(components, config)
-        places = (("unet", ""), ("unet", "unet."), ("text_encoder", "text_encoder."))
+        places: tuple[tuple[Component, str], ...] = (
+            ("unet", ""),
+            ("unet", "unet."),
+            ("text_encoder", "text_encoder."),
+        )
         for component, prefix in places:
             if f"{prefix}lora_alpha" in fields:
                 own = {key.removeprefix(prefix): fields[key] for key in fields if key.startswith(prefix)}

@@ -116,7 +116,7 @@ def _flat(stem: str) -> tuple[str, bool] | None:
     while match := _FLAT_PREFIX.match(path):
         seen += filter(None, match.groups())
         path = path[match.end() :]
-    components = {_COMPONENTS[each] for each in seen if each != "lora"}
+    components: set[Component] = {_COMPONENTS[each] for each in seen if each != "lora"}
     bare = _rooted(path) if tool == "lycoris" else None
     component = components.pop() if components else bare
     if component is None or components:
@@ -131,7 +131,7 @@ def _dotted(stem: str) -> tuple[str, bool] | None:
     while match := _PREFIX.match(stem):
         seen.append(match[1])
         stem = stem[match.end() :]
-    components = [_COMPONENTS[each] for each in seen if each in _COMPONENTS]
+    components: list[Component] = [_COMPONENTS[each] for each in seen if each in _COMPONENTS]
     if len(set(components)) > 1:
         return None
     component = components[0] if components else _rooted(stem)

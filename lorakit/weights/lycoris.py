@@ -5,7 +5,7 @@ What counts is the change that LyCORIS's and PEFT's forward passes make: LyCORIS
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ _SLOTS = {
 }
 
 
-def expanded(parts: Parts, name: str, ranks: Iterable[int]) -> tuple[Factors, tuple[int, ...]]:
+def expanded(parts: Parts, name: str, ranks: Collection[int]) -> tuple[Factors, tuple[int, ...]]:
     """The exact factors of a module of LoHa or LoKr, and the shape of its weight without the first side.
 
     Args:
@@ -68,7 +68,7 @@ def told_ranks(parts: Parts) -> set[int]:
     return {rank for rank in ranks if rank} or ({int(dim)} if dim.isdecimal() and int(dim) else set())
 
 
-def whole_scale(parts: Parts, name: str, part: Mapping[str, Tensor], ranks: Iterable[int]) -> float:
+def whole_scale(parts: Parts, name: str, part: Mapping[str, Tensor], ranks: Collection[int]) -> float:
     """PEFT's is alpha / r of its config. LyCORIS's is 1 whatever alpha says, but sqrt(r) with rs_lora.
 
     rs_lora leaves alpha = r sqrt(r) in the file, where alpha = r is usual: with r known it shows, and so it
@@ -98,7 +98,7 @@ def rs_lora_said(metadata: Mapping[str, str]) -> bool | None:
         return None
 
 
-def doubtful(parts: Parts, ranks: Iterable[int]) -> list[float]:
+def doubtful(parts: Parts, ranks: Collection[int]) -> list[float]:
     """By how much LoKr of whole matrices would be stronger with rs_lora, where nothing tells of it."""
     if ranks or rs_lora_said(parts.metadata) is not None:
         return []
