@@ -36,6 +36,7 @@ from lorakit.sampling.samplers import (
 from lorakit.weights.base import inspect_base
 from lorakit.weights.lora_file import LoraPair, lora_bytes, unflatten
 from lorakit.weights.lora_reader import read_lora
+from lorakit.weights.tensors import serialize
 from lorakit.weights.tokens import unread_notes
 
 NAMES = get_args(SchedulerName)
@@ -433,6 +434,26 @@ def hinted(files, tmp_path):
 
 def configured(*settings):
     return load_config(GenerateConfig, None, settings).config
+
+
+def test_a_folder_of_peft_is_a_lora_like_any_other_at_the_strength_of_its_config(base, files, tmp_path):
+    tensors = {}
+    for name, pair in read_lora(files["a"]).modules.items():
+        stem = f"base_model.model.{unflatten(name)[1]}"
+        tensors |= {f"{stem}.lora_A.weight": pair.down, f"{stem}.lora_B.weight": pair.up}
+    (tmp_path / "adapter_model.safetensors").write_bytes(serialize(tensors, {}))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2}))
+    cfg, notes = configured(f"loras.0.path={tmp_path}").resolved()
+    assert cfg.loras[0].path == str(tmp_path) and notes == []
+    stack = stack_of(base)
+    assert distance(draw(base, (str(tmp_path), {})), draw(base, (files["a"], {}))) <= ONE_LEVEL
+    assert stack.new_notes() == []
+    config.unlink()
+    bare = shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "bare.safetensors")
+    assert distance(draw(base, (str(bare), {})), draw(base, (files["a"], {}))) > ONE_LEVEL
+    (note,) = stack.new_notes()
+    assert note.startswith(str(bare)) and "strength is unknown" in note
 
 
 def test_hints_are_obeyed_where_the_config_leaves_a_key_open_and_said(hinted):
