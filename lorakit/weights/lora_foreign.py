@@ -52,7 +52,7 @@ _PEFT_KINDS = (
     "peanut poly psoft pvera randlora road shadow shira supertuning tinylora trainable_tokens unilora vblora "
     "vera waveft"
 ).split()
-_PEFT = re.compile(rf"^base_model\..*\.({'|'.join(_PEFT_KINDS)})_\w+")
+_PEFT = re.compile(rf"^base_model\.(?:.*\.)?({'|'.join(_PEFT_KINDS)})_\w+")
 _LOOKS_LIKE = (
     (_CHECKPOINT, "a full Stable Diffusion checkpoint"),
     (r"^first_stage_model\.|^(encoder|decoder)\.(conv_in|mid)|quant_conv", "a VAE"),

@@ -305,6 +305,7 @@ LOHA = {f"{Q}.hada_w{i}_{s}": normal(*((8, 2) if s == "a" else (2, 16))) for i i
         ({f"base_model.model.{TO_Q}.oft_R": torch.ones(2, 6)}, "is PEFT's OFT.*merge_and_unload"),
         ({f"base_model.model.{TO_Q}.ia3_l": torch.ones(8, 1)}, "is PEFT's IA3"),
         ({f"base_model.model.{TO_Q}.hira_A": torch.ones(2, 8)}, "is PEFT's HIRA"),
+        ({"base_model.unilora_theta_d": torch.ones(8)}, "is PEFT's UNILORA"),
         ({f"base_model.model.{TO_Q}.lora_{x}": torch.ones(2, 8) for x in "ABE"}, "is an AdaLoRA"),
         (pair(TO_Q, AB) | {f"{TO_Q}.lora_B.bias": torch.ones(8)}, "LoRA with a bias of its own"),
         ({"base_model.model.x.lora_embedding_A": torch.ones(2, 8)}, "LoRA on embeddings"),
