@@ -73,7 +73,10 @@ def load(cfg: InvertConfig, info: BaseInfo) -> "InversionPipeline":
     pipe = InversionPipeline(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     if cfg.lora is not None:
-        load_lora(cfg.lora, pipe.unet, pipe.text_encoder, adapter_name="lora", weight=cfg.lora_weight)
+        notes: list[str] = []
+        options: dict[str, Any] = {"weight": cfg.lora_weight, "notes": notes}
+        load_lora(cfg.lora, pipe.unet, pipe.text_encoder, adapter_name="lora", **options)
+        print_notes(notes)
     return pipe
 
 

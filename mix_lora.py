@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from lorakit.ground.errors import UserError
 from lorakit.ground.process import run_guarded
 from lorakit.ground.publish import publish_file
+from lorakit.weights.adapter_config import lora_path
 from lorakit.weights.derived import is_v2, metadata_of_sum, publish_lora, refuse_existing, torch_dtype
-from lorakit.weights.lora_file import LoraFile, LoraPair, component_of
+from lorakit.weights.lora_file import LoraFile, LoraPair, component_of, folded, is_vector
 from lorakit.weights.lora_metadata import converted_metadata, training_config_text
 from lorakit.weights.tensors import read_header
 from lorakit.weights.verbs import (
+    Convert,
     Extract,
     Files,
     Folder,
@@ -29,7 +31,6 @@ from lorakit.weights.verbs import (
     Resize,
     Retrain,
     Table,
-    Truncated,
     overview,
     parse_verb,
 )
@@ -46,7 +47,7 @@ def inspect(cfg: Table, files: Files) -> None:
 
     for path, _ in files:
         file = read(path)
-        print("\n".join(describe(Path(path), file, each=cfg.modules)))
+        print("\n".join(describe(lora_path(path), file, each=cfg.modules)))
 
 
 def diff(cfg: Table, files: Files) -> None:
@@ -91,27 +92,33 @@ def resize(cfg: Resize, files: Files) -> None:
     print(error_line(mixed, is_projection=True))
 
 
-def convert(cfg: Truncated, files: Files) -> None:
-    file = read(files[0][0], cfg.rank, cfg.energy)
-    if (cfg.rank or cfg.energy) and file.layout not in ("loha", "lokr"):
-        raise UserError(f"rank and energy are for LoHa and LoKr, {files[0][0]} is {file.layout}: use resize")
+def convert(cfg: Convert, files: Files) -> None:
+    from lorakit.weights.lora_import import KEPT_ENERGY
+
+    path = files[0][0]
+    file = read(path, cfg.rank, cfg.energy or (None if cfg.rank else KEPT_ENERGY))
+    if (cfg.rank or cfg.energy) and file.layout not in ("loha", "lokr", "whole"):
+        raise UserError(
+            f"rank and energy are for LoHa, LoKr and whole weights, {path} is {file.layout}: use resize"
+        )
     if cfg.format == "kohya" and any(pair.magnitude is not None for pair in file.modules.values()):
         raise UserError(
             f"{files[0][0]}: is DoRA, which kohya's readers drop or reinterpret; set format=diffusers"
         )
-    alphas = {(component_of(name), pair.alpha) for name, pair in file.modules.items()}
+    modules = folded(file.modules) if cfg.fold_alpha else file.modules
+    alphas = {(component_of(name), pair.alpha) for name, pair in modules.items() if not is_vector(name)}
     if cfg.format == "kohya" and len(alphas) > len({component for component, _ in alphas}):
         print(
             "note        alpha differs between modules, which diffusers 0.42 misreads in kohya's layout: "
             "`mix` of this one file writes one alpha, format=diffusers tells them apart"
         )
-    save(cfg, file.modules, converted_metadata(file.metadata, is_v2=is_v2(file.modules)))
+    save(cfg, modules, converted_metadata(file.metadata, is_v2=is_v2(modules)))
 
 
 def merge(cfg: Folder, files: Files) -> None:
     from lorakit.weights import merging
 
-    sources, _ = read_sources(files[1:])
+    sources, _ = read_sources(files[1:], energy=1.0)
     options = {"overwrite": cfg.overwrite, "base_config": cfg.base_config}
     done = merging.merge(files[0][0], sources, Path(cfg.out), **options)
     for name in done.left_out:
@@ -130,6 +137,7 @@ def extract(cfg: Extract, files: Files) -> None:
     refuse_existing(cfg.out, cfg.overwrite)
     dtype = torch_dtype(cfg.dtype) or torch.float32
     options = {"rank": cfg.rank, "energy": cfg.energy, "targets": cfg.targets, "dtype": dtype}
+    options["biases"] = cfg.biases
     found = extracting.extract(base, tuned, **options, base_config=cfg.base_config)
     modules = found.mixed.modules
     formula = f"{Path(tuned).name} - {Path(base).name}"
@@ -144,7 +152,7 @@ def extract(cfg: Extract, files: Files) -> None:
 
 def retrain(cfg: Retrain, files: Files) -> None:
     path = files[0][0]
-    text = training_config_text(path, read_header(Path(path))[1])
+    text = training_config_text(path, read_header(lora_path(path))[1])
     print("note        of absolute paths only the last part was kept: check data_dir", file=sys.stderr)
     if cfg.out is None:
         print(text, end="")
@@ -172,9 +180,9 @@ def read(path: str, rank: int | None = None, energy: float | None = None) -> Lor
     return file
 
 
-def read_sources(files: Files) -> tuple[list["Source"], list[Mapping[str, str]]]:
+def read_sources(files: Files, energy: float | None = None) -> tuple[list["Source"], list[Mapping[str, str]]]:
     """Modules and weights of LoRA files, and the metadata of each."""
-    loaded = [(path, read(path), 1.0 if weight is None else weight) for path, weight in files]
+    loaded = [(path, read(path, energy=energy), 1.0 if weight is None else weight) for path, weight in files]
     return [(path, file.modules, weight) for path, file, weight in loaded], [
         file.metadata for _, file, _ in loaded
     ]

@@ -82,7 +82,9 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
             claim(cfg, folder, fingerprint(cfg, plan, cfg.mixed_precision))
             print_notes(note for note in plan.notes if note not in told)
     team.wait_for_everyone()  # until the folder is claimed
-    adapters = endpoints.load_adapters(base, plan.loras)
+    notes: list[str] = []
+    adapters = endpoints.load_adapters(base, plan.loras, notes)
+    print_notes(notes if team.is_main_process else ())
     pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]
     latents = [endpoints.encode_picture(base, picture) for picture in pictures]
     distance = make_distance(cfg.distance, base)

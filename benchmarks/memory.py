@@ -12,14 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lorakit.ground.command import parse_command  # noqa: E402
 from lorakit.training.config import TrainConfig  # noqa: E402
-from lorakit.training.forecast import LIBRARIES, checkpoint_bytes, predict_memory  # noqa: E402
+from lorakit.training.forecast import checkpoint_bytes, predict_memory  # noqa: E402
 from lorakit.training.plan import make_plan  # noqa: E402
 
 PERIOD = 0.005  # seconds between two looks
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> int:
     cfg = parse_command(TrainConfig, argv, prog="benchmarks/memory.py", description=str(__doc__)).config
     plan = make_plan(cfg)
     half = cfg.mixed_precision in ("bf16", "fp16")
-    predicted: dict[str, Any] = predict_memory(cfg, plan, half) | {"libraries": LIBRARIES}
+    predicted = predict_memory(cfg, plan, half)
     options = ["overwrite=true", "logging_steps=1", "sample_steps=0", "validation_steps=0"]
     command = [sys.executable, "train_lora.py", *argv, *options]
     run = Path(cfg.output_dir) / cfg.ckpt_name

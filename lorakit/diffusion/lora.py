@@ -4,7 +4,6 @@ A live layer holds lora_A (our `down`) and lora_B (our `up`), and adds (alpha / 
 its output.
 """
 
-import difflib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +15,13 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from lorakit.diffusion.targets import resolve_targets
 from lorakit.diffusion.text import dropped
 from lorakit.ground.errors import UserError
-from lorakit.weights.lora_file import TARGET_PRESETS, LoraFile, LoraPair, base_of, component_of, kohya_name
+from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, is_vector, kohya_name
+from lorakit.weights.lora_foreign import some
+from lorakit.weights.lora_import import read_any
 from lorakit.weights.lora_metadata import Component
-from lorakit.weights.lora_reader import read_lora
 
 # ---- training ----
 
@@ -52,7 +53,8 @@ def add_lora(
     Raises:
         UserError: no such preset or module; "orthogonal" with a convolution or an odd rank.
     """
-    names = _resolve_targets(model, targets)
+    component: Component = "unet" if hasattr(model, "conv_in") else "text_encoder"
+    names = resolve_targets(component, list(_layers(model)), targets)
     if init == "orthogonal":
         _refuse_orthogonal(model, names, rank)
     effective = alpha * math.sqrt(rank) if use_rslora else alpha
@@ -107,7 +109,7 @@ def insert(
     """
     layers = {kohya_name(prefix, name): layer for name, layer in adapter_layers(model, adapter_name).items()}
     if different := sorted(layers.keys() ^ modules.keys()):
-        raise UserError(f"the saved LoRA adapts other modules than this config does: {_some(different)}")
+        raise UserError(f"the saved LoRA adapts other modules than this config does: {some(different, 3)}")
     alphas = {name: pair.alpha for name, pair in extract(model, prefix, adapter_name).items()}
     for name, layer in layers.items():
         live, saved = _slots(layer, adapter_name), modules[name].tensors()
@@ -144,25 +146,35 @@ def load_lora(
     adapter_name: str,
     weight: float = 1.0,
     label: str | None = None,
+    notes: list[str] | None = None,
 ) -> int:
     """Loads a LoRA of any layout beside those already active, frozen; returns how many modules it adapts.
 
-    A weight matrix changes by weight * alpha / rank * up @ down, in the dtype of the base's layer. The models
-    stay as they were unless every module of the file has its place. What it does to layers of the text
-    encoder that clip skip dropped is left out.
+    A weight matrix changes by weight * alpha / rank * up @ down, in the dtype of the base's layer. DoRA at
+    weight 0 is left inactive: its magnitudes would stay. The models stay as they were unless every module of
+    the file has its place. What it does to layers of the text encoder that clip skip dropped is left out.
 
     Args:
         label: stands for the file in messages (default: its path).
+        notes: gets what a user should know of a file that is read here.
 
     Raises:
-        UserError: modules without a place, other shapes, or a text encoder that was not given.
+        UserError: modules without a place, other shapes, biases or norms, or a text encoder that was not
+            given.
     """
-    file = source if isinstance(source, LoraFile) else read_lora(source)
+    file, told = (source, ()) if isinstance(source, LoraFile) else read_any(source)
+    if notes is not None:
+        notes += [f"{source}: {note}" for note in told]
     label = label or ("the LoRA" if isinstance(source, LoraFile) else str(source))
-    if any("#" in name for name in file.modules):  # read_lora leaves numbers; read_any has named them
+    if any("#" in name for name in file.modules):  # read_any has named them
         raise UserError(
             f"{label}: is in cloneofsimo's layout, which numbers its modules instead of naming them; "
             "name them with `mix_lora.py convert`"
+        )
+    if vectors := [name for name in file.modules if is_vector(name)]:
+        raise UserError(
+            f"{label}: changes {len(vectors)} biases and norms, such as {vectors[0]}, which no adapter can; "
+            "make a base of it with `mix_lora.py merge`"
         )
     plans: list[tuple[Any, dict[str, LoraPair]]] = []
     models: dict[Component, Any] = {"unet": unet, "text_encoder": text_encoder}
@@ -192,7 +204,7 @@ def _match(model: Any, component: Component, modules: dict[str, LoraPair], label
         made_for = f"; it is made for {base}" if base else ""
         raise UserError(
             f"{label}: {len(unmatched)} of {len(modules)} modules have no place in this {component}, such as "
-            f"{_some(unmatched)}{made_for}"
+            f"{some(unmatched, 3)}{made_for}"
         )
     if len({pair.magnitude is None for pair in modules.values()}) == 2:
         raise UserError(f"{label}: has DoRA in a part of its modules only, which cannot be loaded")
@@ -239,7 +251,10 @@ def _add_pairs(model: Any, pairs: Mapping[str, LoraPair], adapter_name: str, wei
     for name, pair in pairs.items():
         _copy(pair, layers[name], adapter_name)
         layers[name].set_scale(adapter_name, weight)
-    model.set_adapter([*active, adapter_name])
+    is_off = weight == 0 and first.magnitude is not None
+    for layer in _layers(model).values():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(active if is_off else [*active, adapter_name])
     train_only(model, trained)
 
 
@@ -313,36 +328,6 @@ def train_only(model: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
-def _resolve_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
-    """Full names of the layers to adapt, in the model's order."""
-    component: Component = "unet" if hasattr(model, "conv_in") else "text_encoder"
-    presets = TARGET_PRESETS[component]
-    if isinstance(targets, str) and targets not in presets:
-        raise UserError(f"targets {targets!r}: no such preset; choose {', '.join(presets)}, or list modules")
-    ends = presets[targets] if isinstance(targets, str) else targets
-    names = list(_layers(model))
-    chosen = {end: {name for name in names if f".{name}".endswith(f".{end}")} for end in ends}
-    lost = [end for end in ends if not chosen[end]]
-    # A preset may name a kind of layer that a base lacks, such as conv_shortcut; a list may not.
-    if not isinstance(targets, str) and lost or len(lost) == len(ends):
-        near = ", ".join(dict.fromkeys(close for end in lost for close in _close_ends(end, names)))
-        hint = f"; did you mean {near}?" if near else ""
-        raise UserError(
-            f"targets: no linear layer or convolution of the {component} ends in {_some(lost)}{hint}"
-        )
-    wanted = set().union(*chosen.values())
-    return [name for name in names if name in wanted]
-
-
-def _close_ends(end: str, names: Sequence[str]) -> list[str]:
-    depth = end.count(".") + 1
-    return difflib.get_close_matches(end, sorted({".".join(name.split(".")[-depth:]) for name in names}))
-
-
 def _float32(number: float) -> float:
     """The nearest float32: a file keeps alpha as one, and live and saved scales must be the same number."""
     return torch.tensor(number, dtype=torch.float32).item()
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

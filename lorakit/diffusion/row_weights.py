@@ -108,15 +108,23 @@ class _Bank:
 
 @contextmanager
 def _scaled(model: Any, weights: dict[str, float]) -> Iterator[None]:
-    """One mixture for every row, by PEFT's own scales, which every kind of adapter heeds."""
+    """One mixture for every row, by PEFT's own scales, which every kind of adapter heeds.
+
+    An adapter of weight 0 takes no part: at scale 0 DoRA would still set its magnitudes.
+    """
     before = [(layer, name, layer.scaling[name]) for layer, name in lora_layers(model, list(weights))]
+    active = {layer: list(layer.active_adapters) for layer, *_ in before}
     try:
         for layer, name, scale in before:
             layer.scaling[name] = scale * weights[name]
+        for layer, names in active.items():
+            layer._active_adapter = [name for name in names if layer.scaling.get(name) != 0]
         yield
     finally:
         for layer, name, scale in before:
             layer.scaling[name] = scale
+        for layer, names in active.items():
+            layer._active_adapter = names
 
 
 @contextmanager

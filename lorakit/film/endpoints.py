@@ -14,7 +14,7 @@ from lorakit.diffusion.lora import load_lora
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.row_weights import row_weights, weight_table
 from lorakit.film.config import MorphConfig
-from lorakit.film.morph_plan import FIT_TIMESTEPS, MorphPlan, file_sha256
+from lorakit.film.morph_plan import FIT_TIMESTEPS, MorphPlan, file_sha256, lora_sha256
 from lorakit.film.morphing import Ends
 from lorakit.ground import randomness
 from lorakit.ground.errors import OutputError, UserError
@@ -28,15 +28,18 @@ from lorakit.weights.tensors import read_tensors, serialize
 CACHE_VERSION = 1
 
 
-def load_adapters(base: Base, loras: Sequence[str]) -> dict[str, str]:
+def load_adapters(base: Base, loras: Sequence[str], notes: list[str] | None = None) -> dict[str, str]:
     """Load each LoRA file once; returns path -> name of its adapter.
+
+    Args:
+        notes: gets what a user should know of the files.
 
     Raises:
         UserError: a file that is no LoRA, or does not fit this base.
     """
     names = {path: f"lora_{number}" for number, path in enumerate(loras)}
     for path, name in names.items():
-        load_lora(path, base.unet, base.text_encoder, adapter_name=name)
+        load_lora(path, base.unet, base.text_encoder, adapter_name=name, notes=notes)
     return names
 
 
@@ -126,7 +129,7 @@ def path_names(
     shared += [cfg.prediction_type, cfg.clip_skip]
     names = []
     for picture in cfg.images:
-        lora = (file_sha256(picture.lora), picture.lora_weight) if picture.lora and loras else None
+        lora = (lora_sha256(picture.lora), picture.lora_weight) if picture.lora and loras else None
         names.append(folder / "paths" / entry_name(*shared, file_sha256(picture.path), picture.prompt, lora))
     return names
 

@@ -12,6 +12,7 @@ from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
+from lorakit.weights.adapter_config import CONFIG, lora_path
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip, clip_skip_notes
 from lorakit.weights.few_steps import few_steps
@@ -249,6 +250,13 @@ def describe_morph(cfg: MorphConfig, plan: MorphPlan) -> str:
 # ---- identity ----
 
 
+def lora_sha256(path: str) -> str:
+    """The hash of a LoRA's tensors, and of PEFT's config beside them, which tells their strength."""
+    file = lora_path(path)
+    config = file.with_name(CONFIG)
+    return file_sha256(file) + (file_sha256(config) if config.is_file() else "")
+
+
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -261,7 +269,7 @@ def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = Tru
         {
             "picture": file_sha256(picture.path),
             "prompt": picture.prompt,
-            "lora": file_sha256(picture.lora) if picture.lora and loras else None,
+            "lora": lora_sha256(picture.lora) if picture.lora and loras else None,
             "lora_weight": picture.lora_weight,
         }
         for picture in cfg.images

@@ -11,6 +11,7 @@ from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
 from lorakit.sampling.model_files import find_lora
 from lorakit.sampling.prompt_syntax import read_marks
+from lorakit.weights.adapter_config import lora_path
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import (
     BaseConfig,
@@ -226,7 +227,7 @@ def read_hints(path: str) -> dict[str, Any]:
     """
     if not Path(path).exists():
         raise UserError(f"loras: {path}: there is no such file; train it with train_lora.py, or set loras=[]")
-    text = read_header(Path(path))[1].get(HINTS_KEY)
+    text = read_header(lora_path(path))[1].get(HINTS_KEY)
     if text is None:
         return {}
     try:

@@ -137,16 +137,23 @@ def cut(path: str, file: LoraFile, rank: int) -> tuple[LoraFile, str]:
 
 
 def set_weights(component: str, model: Any, weights: Mapping[str, tuple[float, Mapping[str, float]]]) -> None:
-    """Make exactly these adapters active, with a weight each and further factors by the module's name."""
+    """Make exactly these adapters active, with a weight each and further factors by the module's name.
+
+    At 0 an adapter takes no part: at scale 0 DoRA would still set its magnitudes.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    names = list(weights)
+    active: dict[Any, list[str]] = {}
     for name in model.peft_config:
         for dotted, layer in adapter_layers(model, name).items():
-            layer.set_adapter([each for each in names if each in layer.lora_A])
+            active.setdefault(layer, [])
             if name in weights:
                 weight, blocks = weights[name]
                 full = dotted if component == "unet" else f"text_encoder.{dotted}"
-                layer.set_scale(name, weight * block_factor(full, blocks))
+                if scale := weight * block_factor(full, blocks):
+                    layer.set_scale(name, scale)
+                    active[layer].append(name)
+    for layer, names in active.items():
+        layer.set_adapter([name for name in weights if name in names])
     train_only(model, trained)
 
 

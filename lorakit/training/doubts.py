@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorakit.training.order import count_showings
-from lorakit.weights.tokens import unread_notes
 
 FAST = 0.05  # a learning rate that no LoRA bears with AdamW
 STRONG = 8.0  # alpha / rank; kohya's scripts use 0.5 to 1, DiffMorpher 1
@@ -106,4 +105,3 @@ def _of_watching(cfg: Any, plan: Any) -> Iterator[str]:
         yield "sample_prompts is empty: the first two captions are sampled; sample_steps 0 samples nothing"
     if cfg.trigger_word and (without := [p for p in prompts if cfg.trigger_word not in p]):
         yield f"{len(without)} of sample_prompts lack the trigger word, such as “{without[0]}”"
-    yield from (f"sample_prompts: {note}" for note in unread_notes(plan.base, prompts))

@@ -19,7 +19,7 @@ from lorakit.weights.lora_file import TARGET_PRESETS
 from lorakit.weights.tokens import overlong
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
-LIBRARIES = 450_000_000  # bytes of a process on the CPU that has imported torch, diffusers and peft
+LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
 RESNET_TENSORS = 10.0
 TRANSFORMER_TENSORS = 25.0
 
@@ -45,8 +45,9 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
 
 
 def checkpoint_bytes(cfg: Any, base: BaseInfo) -> int:
-    """Bytes of one checkpoint: float32 weights, two moments, and the best LoRA so far."""
-    return 4 * 4 * (lora_parameters(cfg, base) or 50_000_000)
+    """Bytes of one checkpoint: float32 weights, two moments, and where losses are validated the best LoRA."""
+    copies = 3 if cfg.validation_steps == 0 else 4
+    return copies * 4 * (lora_parameters(cfg, base) or 50_000_000)
 
 
 def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
@@ -74,13 +75,14 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
-    """Bytes on the training device by part, without the framework's own (about 0.5 GB with CUDA)."""
+    """Bytes on the training device by part; weights' files that are read beside it are not among them."""
     parts = ("unet", "text_encoder") if cfg.train_text_encoder else ("unet",)
     frozen = sum(plan.base.parameters.get(part, 0) for part in parts)
     return {
         "frozen base": frozen * (2 if half else 4),
         "LoRA, gradients, optimizer": (lora_parameters(cfg, plan.base) or 0) * 16,
         "activations": activation_bytes(cfg, plan, half) or 0,
+        "libraries": LIBRARIES,
     }
 
 
@@ -112,6 +114,8 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
             shown = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items())
             total = f"about {sum(parts.values()) / 1e6:,.0f} MB in {'half precision' if half else 'float32'}"
             lines.append(f"memory      {total} ({shown})")
+        mapped = sum(path.stat().st_size for path in set(base.files.values())) / 1e6
+        lines.append(f"            beside it {mapped:,.0f} MB of files, mapped only while they are read")
     lines.append(f"disk        {_disk_line(cfg, base)}")
     return "\n".join(lines + [f"note        {note}" for note in plan.notes])
 

@@ -18,7 +18,7 @@ from lorakit.training.plan import Plan, result_paths
 from lorakit.training.progress import Modules, Progress
 from lorakit.training.resume import STATE_VERSION, read_state
 from lorakit.training.setup import Learner, resolve_precision
-from lorakit.weights.lora_file import component_of, lora_bytes
+from lorakit.weights.lora_file import component_of, folded, lora_bytes
 from lorakit.weights.lora_metadata import Component, training_metadata
 from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.optimizer_state import pack_optimizer, unpack_optimizer
@@ -125,6 +125,8 @@ def write_lora(
     if cfg.trigger_word:
         metadata["modelspec.trigger_phrase"] = cfg.trigger_word
     dtype = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[cfg.save_dtype]
+    if layout == "diffusers":  # its alpha stands in the metadata, which other programs do not read
+        modules = folded(modules)
     content = lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata)
 
     def write(temporary: Path) -> None:

@@ -1,12 +1,12 @@
 """Keys that say how a base is read, the same in every script, and what LoRA files say of them. No torch."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lorakit.ground.errors import UserError
+from lorakit.weights.adapter_config import lora_path
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.tensors import read_header
 
@@ -56,7 +56,7 @@ def clip_skip_notes(clip_skip: int | None, loras: Iterable[str]) -> list[str]:
         UserError: a file cannot be read.
     """
     own = clip_skip or 1
-    asked = {path: asked_clip_skip(read_header(Path(path))[1]) for path in loras}
+    asked = {path: asked_clip_skip(read_header(lora_path(path))[1]) for path in loras}
     others = {path: skip for path, skip in asked.items() if skip not in (None, own)}
     return [f"clip_skip {own}, although {path} asks for {skip}" for path, skip in others.items()]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import publish_file
-from lorakit.weights.lora_file import Layout, LoraPair, base_of, lora_chunks
+from lorakit.weights.lora_file import Layout, LoraPair, base_of, folded, lora_chunks
 from lorakit.weights.lora_metadata import mixed_metadata
 from lorakit.weights.tensors import file_payload_sha256, read_header
 
@@ -67,10 +67,14 @@ def publish_lora(
 ) -> None:
     """Writes a LoRA file and compares what lies on the disk with the hash of what was to be written.
 
+    In the diffusers layout alpha is folded into lora_B.
+
     Raises:
         UserError, DivergedError: as `lora_chunks`.
         OutputError: it cannot be written, or reads otherwise.
     """
+    if layout == "diffusers":  # its alpha stands in the metadata, which other programs do not read
+        modules = folded(modules)
     pieces = lora_chunks(modules, layout=layout, dtype=dtype, metadata=metadata)
 
     def write(temp: Path) -> None:

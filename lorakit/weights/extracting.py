@@ -32,6 +32,7 @@ def extract(
     rank: int | None,
     energy: float | None,
     targets: str = "all",
+    biases: bool = False,
     dtype: torch.dtype = torch.float32,
     base_config: str | None = None,
 ) -> Extracted:
@@ -40,6 +41,7 @@ def extract(
     Args:
         targets: a preset of TARGET_PRESETS. A fine-tuned model changes biases, norms and embeddings too, for
             which LoRA has no place.
+        biases: biases and norms too, as `lora_file.is_vector` says.
         base_config: see inspect_base; for those of the two that are single files.
     Raises:
         UserError: the bases differ in architecture, or nowhere else.
@@ -53,7 +55,12 @@ def extract(
         ends = tuple(f".{end}.weight" for end in TARGET_PRESETS[component][targets])
         for key, change in _changes(first, second, component):
             total = float(change.double().square().sum())
-            if total and change.ndim in (2, 4) and f".{key}".endswith(ends):
+            if total and biases and change.ndim == 1:
+                stem, _, end = key.rpartition(".")
+                name = kohya_name(component, stem) + (".bias" if end == "bias" else "")
+                results[name], shapes[name] = (change[:, None], torch.ones(1, 1)), (1,)
+                squares[name] = 0.0, total
+            elif total and change.ndim in (2, 4) and f".{key}".endswith(ends):
                 name, matrix = kohya_name(component, key.removesuffix(".weight")), change.flatten(1)
                 results[name] = up, down = factorise(matrix, rank, energy)
                 shapes[name] = tuple(change.shape[1:])

@@ -1,9 +1,9 @@
 """LoRAs for sampling in few steps, known by the names under which they are published. No torch here."""
 
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.weights.adapter_config import lora_path
 from lorakit.weights.lora_metadata import trained_objectives
 from lorakit.weights.tensors import read_header
 
@@ -12,7 +12,7 @@ _KEYS = ("ss_output_name", "ss_base_model_version", "modelspec.title")
 _STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
 # Turbo and lightning are things to paint, too; beside these they are no such thing.
 _OF_A_BASE = re.compile(r"(?<![a-z])sd(xl)?(?![a-z])")
-_ANY_NAME = {"pytorch_lora_weights", "diffusion_pytorch_model", "model"}
+_ANY_NAME = {"pytorch_lora_weights", "diffusion_pytorch_model", "adapter_model", "model"}
 """Names of files that say nothing: that of the folder counts."""
 _USUAL: dict[str, Any] = {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0}
 _WITH_GUIDANCE: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 5.0}
@@ -45,10 +45,10 @@ def few_steps(path: str) -> FewSteps | None:
         UserError: it is no whole safetensors file.
         OutputError: it cannot be read.
     """
-    _, metadata = read_header(Path(path))
+    place = lora_path(path)
+    _, metadata = read_header(place)
     if "denoise" in trained_objectives(metadata):
         return None  # train_lora.py fitted it to pictures, be they of turbo boats
-    place = Path(path)
     told = [place.stem, *(metadata[key] for key in _KEYS if key in metadata and len(metadata[key]) < 200)]
     if place.stem in _ANY_NAME:
         told.append(place.absolute().parent.name)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.ground.errors import DivergedError, UserError
-from lorakit.weights.lora_metadata import Component, adapter_metadata
+from lorakit.weights.adapter_config import adapter_metadata
+from lorakit.weights.lora_metadata import Component
 from lorakit.weights.tensors import chunks, payload_sha256
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class LoraPair:
 
     Args:
         down: (rank, in), or (rank, in, k, k) for a convolution.
-        up: (out, rank), or (out, rank, 1, 1).
+        up: (out, rank), or (out, rank, 1, 1). A vector of n numbers, of a bias or a norm, is a weight (n, 1).
         magnitude: DoRA's learned column norms, (out,) or (1, out, 1, 1); None for plain LoRA.
     """
 
@@ -70,8 +71,9 @@ class LoraFile:
 
     Args:
         modules: by kohya name; tensors in the dtype of the file.
-        layout: "kohya", "diffusers" (lora_A and lora_B), "diffusers-old" (lora.down, attention processors) or
-            "cloneofsimo", whose modules are known by position only and named `lora_unet_#7`.
+        layout: "kohya", "diffusers" (lora_A and lora_B), "diffusers-old" (lora.down, attention processors),
+            "cloneofsimo", whose modules are known by position only and named `lora_unet_#7`, or what the file
+            had instead of LoRA: "loha", "lokr", "whole" (differences of whole weights).
     """
 
     modules: dict[str, LoraPair]
@@ -98,13 +100,16 @@ TARGET_PRESETS: dict[Component, dict[str, tuple[str, ...]]] = {
     "text_encoder": {"attention": _CLIP_ATTENTION, "attention+ff": _CLIP_ALL, "all": _CLIP_ALL},
 }
 
-# What `_` joins inside one attribute name of the U-Net and of CLIP; every other `_` was a dot.
+# What `_` joins inside one attribute name of the U-Net and of CLIP, the original code's last; every other `_`
+# was a dot.
 _TOKENS = (
     "down_blocks up_blocks mid_block transformer_blocks time_embedding time_emb_proj linear_1 linear_2 "
-    "conv_in conv_out conv_shortcut to_q to_k to_v to_out proj_in proj_out "
-    "text_model self_attn q_proj k_proj v_proj out_proj"
+    "conv_in conv_out conv_norm_out conv_shortcut to_q to_k to_v to_out proj_in proj_out "
+    "text_model self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm "
+    "token_embedding position_embedding "
+    "input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection time_embed"
 ).split()
-_SPLIT = re.compile("|".join(rf"{token}(?=_|$)" for token in _TOKENS) + "|[^_]+")
+_SPLIT = re.compile("|".join(rf"{token}(?=[_.]|$)" for token in _TOKENS) + "|[^_]+")
 
 
 def kohya_name(component: Component, dotted: str) -> str:
@@ -113,7 +118,7 @@ def kohya_name(component: Component, dotted: str) -> str:
     transformers dropped CLIP's `text_model.` level in 5.6; every other tool still expects it: it is put back.
     """
     if component == "text_encoder":
-        dotted = "text_model." + dotted.removeprefix("text_model.")
+        dotted = "text_model." + re.sub(r"^text_model[._]", "", dotted)
     return _PREFIXES[component] + dotted.replace(".", "_")
 
 
@@ -128,7 +133,17 @@ def component_of(name: str) -> Component:
 def unflatten(name: str) -> tuple[Component, str]:
     """The inverse of `kohya_name`, by rule, for the U-Net and the text encoder of SD 1.x and 2.x."""
     component = component_of(name)
-    return component, ".".join(_SPLIT.findall(name.removeprefix(_PREFIXES[component])))
+    return component, split_name(name.removeprefix(_PREFIXES[component]))
+
+
+def split_name(flat: str) -> str:
+    """`mid_block_attentions_0_proj_in` -> `mid_block.attentions.0.proj_in`, the original code's names too."""
+    return ".".join(_SPLIT.findall(flat))
+
+
+def is_vector(name: str) -> bool:
+    """Whether a module is a bias (`lora_unet_conv_in.bias`) or a norm, which no adapter changes."""
+    return name.endswith(".bias") or re.search(r"norm(\d|_out)?$", name) is not None
 
 
 def base_of(modules: Mapping[str, LoraPair]) -> str | None:
@@ -170,7 +185,7 @@ def lora_chunks(
         dtype: of the tensors but for alpha, which stays float32; None keeps each tensor's own.
     Raises:
         DivergedError: a tensor is not finite, or not in `dtype`.
-        UserError: no modules; DoRA in the kohya layout.
+        UserError: no modules; DoRA in the kohya layout; biases and norms in the other.
     """
     if not modules:
         raise UserError("there is no LoRA module to write")
@@ -178,6 +193,11 @@ def lora_chunks(
         raise UserError(
             "DoRA cannot be written in the kohya layout: its readers drop or reinterpret the magnitudes. "
             'Choose save_format "diffusers"'
+        )
+    if layout == "diffusers" and (vectors := [name for name in modules if is_vector(name)]):
+        raise UserError(
+            f"{len(vectors)} biases and norms, such as {vectors[0]}, have no place in the diffusers layout. "
+            "Choose format=kohya, or merge the file into a base"
         )
     tensors = _laid_out(modules, layout, dtype)
     for name, tensor in tensors.items():
@@ -206,10 +226,26 @@ def _laid_out(
     return tensors
 
 
+def folded(modules: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+    """The same changes with alpha = rank, by `up`: for readers that know the tensors and no alpha.
+
+    DoRA's too, which renormalizes the sum of the base and the scaled product.
+    """
+    return {
+        name: replace(pair, up=(pair.up.float() * pair.scale).to(pair.up.dtype), alpha=float(pair.rank))
+        for name, pair in modules.items()
+    }
+
+
 def _kohya_tensors(name: str, own: Mapping[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
     import torch
 
     component_of(name)
+    if is_vector(name):
+        kind = "norm" if is_vector(name.removesuffix(".bias")) else "diff"
+        end = {"norm": ("w_norm", "b_norm"), "diff": ("diff", "diff_b")}[kind][name.endswith(".bias")]
+        change = alpha / len(own["down"]) * own["up"].float() @ own["down"].float()
+        return {f"{name.removesuffix('.bias')}.{end}": change.flatten().to(own["up"].dtype)}
     return {
         f"{name}.lora_down.weight": own["down"],
         f"{name}.lora_up.weight": own["up"],

@@ -1,10 +1,8 @@
 """The metadata of LoRA files: what other tools and our own read there, as text; no tensors, no torch."""
 
 import json
-import math
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -12,88 +10,7 @@ from lorakit.ground.errors import UserError
 
 Component = Literal["unet", "text_encoder"]
 
-_ADAPTER_KEY = "lora_adapter_metadata"
-
-
-# ---- alpha in the diffusers layout ----
-
-
-def adapter_metadata(
-    facts: Mapping[tuple[Component, str], tuple[int, float]], with_dora: Collection[Component]
-) -> dict[str, str]:
-    """The fields of PEFT's LoraConfig that a reader needs and no more: an unknown field makes it fail.
-
-    Args:
-        facts: (component, dotted module name) -> (rank, alpha).
-        with_dora: the components whose modules carry DoRA magnitudes.
-    """
-    result: dict[str, Any] = {}
-    for component in sorted({component for component, _ in facts}):
-        # Targets match by suffix, so that without `text_model.` they fit both forms of CLIPTextModel.
-        own = {
-            dotted.removeprefix("text_model."): (rank, int(alpha) if float(alpha).is_integer() else alpha)
-            for (model, dotted), (rank, alpha) in facts.items()
-            if model == component
-        }
-        fields: dict[str, Any] = {"target_modules": sorted(own), "use_dora": component in with_dora}
-        for index, (key, pattern) in enumerate((("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))):
-            usual = Counter(pair[index] for pair in own.values()).most_common(1)[0][0]
-            fields[key] = usual
-            fields[pattern] = {name: pair[index] for name, pair in own.items() if pair[index] != usual}
-        result |= {
-            f"{component}.{key}": value for key, value in fields.items() if value or key == "lora_alpha"
-        }
-    return {_ADAPTER_KEY: json.dumps(result, sort_keys=True)}
-
-
-class AdapterAlphas:
-    """Alpha by module, as a file's PEFT metadata tells; fields that do not bear on alpha are ignored.
-
-    Raises:
-        ValueError, TypeError, AttributeError: the metadata does not read as a LoraConfig.
-    """
-
-    def __init__(self, metadata: Mapping[str, str]):
-        fields = {**json.loads(metadata.get(_ADAPTER_KEY, "{}"))}
-        self._configs: dict[Component, dict[str, Any]] = {}
-        places: tuple[tuple[Component, str], ...] = (
-            ("unet", ""),
-            ("unet", "unet."),
-            ("text_encoder", "text_encoder."),
-        )
-        for component, prefix in places:
-            if f"{prefix}lora_alpha" in fields:
-                patterns = fields.get(f"{prefix}alpha_pattern") or {}
-                self._configs[component] = {
-                    "alpha": _finite(fields[f"{prefix}lora_alpha"]),
-                    "patterns": {_plain(key): _finite(value) for key, value in patterns.items()},
-                    "rslora": bool(fields.get(f"{prefix}use_rslora")),
-                }
-
-    def alpha(self, component: Component, dotted: str, rank: int) -> float:
-        """PEFT's rule: a pattern names the end of a module's path; without metadata alpha is the rank.
-
-        rsLoRA scales by alpha / sqrt(rank): its alpha is turned into that of the common alpha / rank.
-        """
-        config = self._configs.get(component)
-        if config is None:
-            return float(rank)
-        fits = (alpha for key, alpha in config["patterns"].items() if f".{dotted}".endswith(f".{key}"))
-        alpha = next(fits, config["alpha"])
-        return alpha * math.sqrt(rank) if config["rslora"] else alpha
-
-
-def _finite(number: Any) -> float:
-    if not math.isfinite(number):
-        raise ValueError(f"{number} is no alpha")
-    return float(number)
-
-
-def _plain(pattern: str) -> str:
-    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if not re.fullmatch(r"[\w.]+", name):
-        raise ValueError(f"{pattern} is not the name of a module")
-    return name
+ADAPTER_KEY = "lora_adapter_metadata"
 
 
 # ---- training ----
@@ -250,7 +167,7 @@ def mixed_metadata(
 def converted_metadata(metadata: Mapping[str, str], *, is_v2: bool) -> dict[str, str]:
     """The metadata of a file in another layout: all but what described the tensors of the old one."""
     stale = re.compile(
-        rf"format|{_ADAPTER_KEY}|(unet|text_encoder)(:\d+:rank)?|sshs_.*|modelspec\.hash_sha256"
+        rf"format|{ADAPTER_KEY}|(unet|text_encoder)(:\d+:rank)?|sshs_.*|modelspec\.hash_sha256"
     )
     kept = {key: value for key, value in metadata.items() if not stale.fullmatch(key)}
     return base_metadata(is_v2) | kept

@@ -11,6 +11,7 @@ from lorakit.weights.mixing import factors, inner, squared_distance
 from lorakit.weights.tensors import file_payload_sha256
 
 _KINDS = {
+    "biases and norms": (".bias", "norm"),
     "attention": ("attn1", "attn2", "self_attn"),
     "feed-forward": (".ff.", ".mlp."),
     "projection": ("proj_in", "proj_out"),

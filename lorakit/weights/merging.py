@@ -182,8 +182,11 @@ def _check_places(info: BaseInfo, component: Component, terms: Terms) -> None:
 
 
 def _module(component: Component, name: str) -> str:
-    """The module of a weight, by kohya's name; another tensor keeps its own, which no LoRA has."""
-    return kohya_name(component, name.removesuffix(".weight")) if name.endswith(".weight") else name
+    """The module of a weight or a bias; another tensor keeps its own name, which no LoRA has."""
+    stem, _, end = name.rpartition(".")
+    if end not in ("weight", "bias"):
+        return name
+    return kohya_name(component, stem) + (".bias" if end == "bias" else "")
 
 
 def _put(path: Path, stage: Path, place: Path, changed: set[Component], terms: Terms, done: Merge) -> None:

@@ -35,6 +35,10 @@ class Truncated(Output):
     energy: float | None = Field(None, gt=0, le=1, description="share of the squared singular values to keep in each module")
 
 
+class Convert(Truncated):
+    fold_alpha: bool = Field(False, description="write alpha = rank, the scale in the matrices, for programs that read no alpha; format=diffusers always does")
+
+
 class Mix(Truncated):
     method: Literal["exact", "svd", "ties", "dare", "linear"] = Field("exact", description="exact: concatenate, ranks add up; svd: the exact sum at a lower rank; ties, dare: rules on sparse deltas, at a lower rank; linear: add the factors, for comparison")
     density: float = Field(0.5, gt=0, le=1, description="share of entries that ties and dare keep")
@@ -57,6 +61,7 @@ class Resize(Truncated):
 
 class Extract(Resize):
     targets: Literal["attention", "attention+ff", "all"] = Field("all", description="modules: attention projections; with feed-forward and projections; with convolutions")
+    biases: bool = Field(False, description="biases and norms too, as .diff_b, .w_norm and .b_norm; not in format=diffusers")
     base_config: BaseConfig = None
 
 
@@ -85,7 +90,7 @@ VERBS = {
     "mix": Verb(Mix, "FILE[=WEIGHT] ...", (1, math.inf), "weighted sum of LoRAs; a negative weight subtracts"),
     "scale": Verb(Output, "FILE=WEIGHT", (1, 1), "one LoRA times a weight"),
     "resize": Verb(Resize, "FILE", (1, 1), "a lower rank, by SVD"),
-    "convert": Verb(Truncated, "FILE", (1, 1), "another layout, without loss; numbered modules are named, LoHa and LoKr become LoRA"),
+    "convert": Verb(Convert, "FILE", (1, 1), "another layout, without loss; numbered modules are named; LoHa, LoKr and whole weights become LoRA"),
     "merge": Verb(Folder, "BASE FILE[=WEIGHT] ...", (2, math.inf), "a base with LoRAs in its weights: a folder, a checkpoint or a cached hub id; weight -1 takes one out again"),
     "extract": Verb(Extract, "BASE TUNED", (2, 2), "the difference of two bases as a LoRA"),
     "diff": Verb(Table, "FILE FILE", (2, 2), "two LoRAs: config, norms, and cosine per module"),

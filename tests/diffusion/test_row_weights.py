@@ -1,6 +1,7 @@
 """Every row of a batch under its own mixture of LoRAs: against single rows and against merged weights."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,59 @@ def test_dora_is_run_row_by_row_and_equals_the_loop(adapted_unet):
         alone = run(unet, latents[at], states[at], "ab", weights[:, at])
         torch.testing.assert_close(found[at], alone, rtol=1e-5, atol=1e-5)
     assert (found[0] - run(unet, latents[:1], states[:1], "ab", weights[:, 1:2])[0]).abs().max() > 1e-3
+
+
+def stretched(file, seed):
+    """A LoRA with magnitudes 5 % off, which a scale of 0 does not take away."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        name: replace(
+            pair, magnitude=pair.magnitude * (1 + 0.05 * torch.randn(len(pair.up), generator=generator))
+        )
+        for name, pair in file.modules.items()
+        if pair.down.ndim == 2
+    }
+    return LoraFile(modules, {}, "diffusers")
+
+
+def test_dora_at_weight_zero_is_off_whatever_else_is_loaded(tiny_unet, random_lora):
+    files = [
+        stretched(random_lora(tiny_unet(), seed, use_dora=True, targets="attention"), seed) for seed in (1, 2)
+    ]
+    latents, states = batch(1)
+    base = run(tiny_unet(), latents, states)
+    alone = []
+    for file in files:
+        unet = tiny_unet()
+        load_lora(file, unet, adapter_name="a")
+        alone.append(run(unet, latents, states))
+    unet = tiny_unet()
+    for name, file in zip("ab", files, strict=True):
+        load_lora(file, unet, adapter_name=name)
+    before = settings_of(unet)
+    assert torch.equal(run(unet, latents, states, "ab", weight_table("ab", [{}])), base)
+    for name, wanted in zip("ab", alone, strict=True):
+        found = run(unet, latents, states, "ab", weight_table("ab", [{name: 1.0}]))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert (wanted - base).abs().max() > 1e-2
+    assert settings_of(unet) == before
+    layers = [layer for layer, _ in lora_layers(unet, "ab")]
+    assert all(layer.active_adapters == ["a", "b"] for layer in layers)
+    for layer, name in lora_layers(unet, "ab"):
+        layer.set_scale(name, 0.0)  # the control: scales of 0 are not off
+    assert (run(unet, latents, states) - base).abs().max() > 1e-2
+
+
+def test_dora_loaded_at_weight_zero_is_off(tiny_unet, random_lora):
+    file = stretched(random_lora(tiny_unet(), 1, use_dora=True, targets="attention"), 1)
+    latents, states = batch(1)
+    unet, base = tiny_unet(), run(tiny_unet(), latents, states)
+    load_lora(file, unet, adapter_name="a", weight=0.0)
+    assert torch.equal(run(unet, latents, states), base)
+    load_lora(random_lora(tiny_unet(), 2), unet, adapter_name="b")  # and stays so beside another
+    other = tiny_unet()
+    load_lora(random_lora(tiny_unet(), 2), other, adapter_name="b")
+    torch.testing.assert_close(run(unet, latents, states), run(other, latents, states), rtol=1e-5, atol=1e-5)
 
 
 def test_one_dora_among_plain_loras_is_enough_to_need_single_rows(tiny_unet, random_lora):

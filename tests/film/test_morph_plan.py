@@ -14,6 +14,7 @@ from lorakit.film.morph_plan import (
     count_evaluations,
     describe_morph,
     fingerprint,
+    lora_sha256,
     make_morph_plan,
     predict_memory,
     probe_rounds,
@@ -366,6 +367,29 @@ def test_every_key_either_changes_the_fingerprint_or_only_shows_frames(planned):
         assert fingerprint(cfg.model_copy(update={key: value}), plan, "no") != one, key
     assert fingerprint(cfg, plan, "fp16") != one and fingerprint(cfg, plan, "no", loras=False) != one
     assert fingerprint(*planned(width=24), "no") != one
+
+
+def test_the_strength_in_the_config_of_a_folder_of_peft_is_part_of_the_fingerprint(planned, fitted, tmp_path):
+    folder = tmp_path / "style"
+    folder.mkdir()
+    file = shutil.copy(fitted[0], folder / "adapter_model.safetensors")
+    config = folder / "adapter_config.json"
+
+    def found(alpha: int) -> tuple[str, str]:
+        config.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
+        return lora_sha256(str(folder)), lora_sha256(str(file))
+
+    assert found(4) == found(4) and len(set(found(4))) == 1 and found(4) != found(8)
+    config.unlink()
+    assert lora_sha256(str(folder)) == morph_plan.file_sha256(file) != found(4)[0]
+    cfg, plan = planned()
+    images = tuple(picture.model_copy(update={"lora": str(folder)}) for picture in cfg.images)
+    cfg = cfg.model_copy(update={"images": images})
+    assert make_morph_plan(cfg).loras == (str(folder),)
+    found(4)
+    one = fingerprint(cfg, plan, "no")
+    found(8)
+    assert fingerprint(cfg, plan, "no") != one
 
 
 def test_the_fingerprint_knows_files_by_content_and_not_by_name(planned, fitted, tiny_base, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -35,6 +36,7 @@ from lorakit.sampling.samplers import (
 from lorakit.weights.base import inspect_base
 from lorakit.weights.lora_file import LoraPair, lora_bytes, unflatten
 from lorakit.weights.lora_reader import read_lora
+from lorakit.weights.tensors import serialize
 from lorakit.weights.tokens import unread_notes
 
 NAMES = get_args(SchedulerName)
@@ -215,6 +217,31 @@ def test_a_part_at_0_takes_no_part(base, files):
         assert distance(less, whole) > ONE_LEVEL and distance(less, without) > ONE_LEVEL, part
     only_unet = draw(base, (files["both"], {"blocks": {"text_encoder": 0.0}}))
     assert distance(only_unet, draw(base, (files["a"], {}))) <= ONE_LEVEL
+
+
+def test_a_dora_at_0_is_off_in_a_block_and_as_a_whole(base, fresh, random_lora, tmp_path):
+    """Its magnitudes are off the base's rows, so that a scale of 0 would leave them."""
+    made = random_lora(base.unet, 104, use_dora=True, targets="attention")
+    generator = torch.Generator().manual_seed(0)
+    modules = {
+        name: replace(
+            pair, magnitude=pair.magnitude * (1 + 0.1 * torch.rand(len(pair.up), generator=generator))
+        )
+        for name, pair in made.modules.items()
+    }
+    parts = {"dora": modules, "middle": {n: p for n, p in modules.items() if "_mid_block_" in n}}
+    for name, own in parts.items():
+        content = lora_bytes(own, layout="diffusers", metadata={})
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    path, middle = (str(tmp_path / f"{name}.safetensors") for name in parts)
+    without, whole = draw(base), draw(base, (path, {}))
+    off = {"down_blocks": 0.0, "mid_block": 0.0, "up_blocks": 0.0}
+    assert (draw(base, (path, {"blocks": off})) == without).all()
+    assert (draw(base, (path, {"weight": 0})) == without).all()
+    only = draw(base, (path, {"blocks": {"down_blocks": 0.0, "up_blocks": 0.0}}))
+    assert distance(only, draw(fresh(), (middle, {}))) <= ONE_LEVEL
+    assert distance(only, without) > ONE_LEVEL and distance(only, whole) > ONE_LEVEL
+    assert (draw(base, (path, {})) == whole).all()  # and on again
 
 
 def test_the_longest_beginning_counts_and_ends_at_a_dot(base, files):
@@ -407,6 +434,26 @@ def hinted(files, tmp_path):
 
 def configured(*settings):
     return load_config(GenerateConfig, None, settings).config
+
+
+def test_a_folder_of_peft_is_a_lora_like_any_other_at_the_strength_of_its_config(base, files, tmp_path):
+    tensors = {}
+    for name, pair in read_lora(files["a"]).modules.items():
+        stem = f"base_model.model.{unflatten(name)[1]}"
+        tensors |= {f"{stem}.lora_A.weight": pair.down, f"{stem}.lora_B.weight": pair.up}
+    (tmp_path / "adapter_model.safetensors").write_bytes(serialize(tensors, {}))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2}))
+    cfg, notes = configured(f"loras.0.path={tmp_path}").resolved()
+    assert cfg.loras[0].path == str(tmp_path) and notes == []
+    stack = stack_of(base)
+    assert distance(draw(base, (str(tmp_path), {})), draw(base, (files["a"], {}))) <= ONE_LEVEL
+    assert stack.new_notes() == []
+    config.unlink()
+    bare = shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "bare.safetensors")
+    assert distance(draw(base, (str(bare), {})), draw(base, (files["a"], {}))) > ONE_LEVEL
+    (note,) = stack.new_notes()
+    assert note.startswith(str(bare)) and "strength is unknown" in note
 
 
 def test_hints_are_obeyed_where_the_config_leaves_a_key_open_and_said(hinted):

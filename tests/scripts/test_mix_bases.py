@@ -10,10 +10,10 @@ import mix_lora
 from lorakit.diffusion.lora import add_lora, extract
 from lorakit.ground.errors import UserError
 from lorakit.weights.base import inspect_base
-from lorakit.weights.lora_file import lora_bytes
+from lorakit.weights.lora_file import is_vector, kohya_name, lora_bytes
 from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.part_files import read_places
-from lorakit.weights.tensors import read_header
+from lorakit.weights.tensors import read_header, serialize
 
 PARTS = ("unet", "vae", "text_encoder")
 CHANGED = ("unet", "text_encoder")
@@ -126,6 +126,49 @@ def test_extract_sees_through_layouts(bases, tmp_path):
     for name, pair in lora.items():
         torch.testing.assert_close(first[name].delta(), 0.7 * pair.delta(), rtol=1e-3, atol=1e-5)
         assert all(torch.equal(other[name].up, first[name].up) for other in others)
+
+
+def test_whole_differences_are_merged_and_extracted_with_biases_and_norms(bases, tmp_path):
+    """A fine-tune of every tensor, as .diff and .diff_b and w_norm and b_norm, in each layout of a base."""
+    first = tensors(bases / "modern", None)
+    config = f"base_config={bases / 'modern'}"
+    whole, wanted, module = {}, {}, {}
+    for number, (key, value) in enumerate(first.items()):
+        part, _, name = key.partition(".")
+        stem, _, end = name.rpartition(".")
+        if part not in CHANGED or "embedding." in f"{stem}.":
+            continue
+        change = 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+        norm = (
+            {"weight": "w_norm", "bias": "b_norm"} if "norm" in stem else {"weight": "diff", "bias": "diff_b"}
+        )
+        whole[f"{kohya_name(part, stem)}.{norm[end]}"] = change
+        wanted[key] = value + change
+        module[key] = kohya_name(part, stem) + (".bias" if end == "bias" else "")
+    assert {key.rpartition(".")[2] for key in whole} == {"diff", "diff_b", "w_norm", "b_norm"}
+    path = tmp_path / "whole.safetensors"
+    path.write_bytes(serialize(whole, {}))
+    for layout, out in (("modern", tmp_path / "a"), ("file", tmp_path / "b.safetensors")):
+        base = bases / (f"{layout}.safetensors" if layout == "file" else layout)
+        run("merge", base, path, f"out={out}", *([config] if layout == "file" else []))
+        found = tensors(out, bases / "modern")
+        for key, value in first.items():
+            torch.testing.assert_close(found[key], wanted.get(key, value), rtol=0, atol=1e-6)
+    out = tmp_path / "found.safetensors"
+    run("extract", bases / "modern", tmp_path / "a", "energy=1", "biases=true", f"out={out}")
+    run("merge", bases / "modern", out, f"out={tmp_path / 'again'}")
+    extracted = read_lora(out).modules
+    vectors = {name for name in module.values() if is_vector(name)}
+    assert vectors and vectors == {name for name in extracted if is_vector(name)}
+    kept = [key for key in wanted if module[key] in extracted]
+    assert len(kept) > len(vectors) + 100  # some layers are no targets: time_embedding, conv_in, conv_out
+    found = tensors(tmp_path / "again", None)
+    assert max(float((found[key] - wanted[key]).abs().max()) for key in kept) < 1e-4
+    run("extract", bases / "modern", tmp_path / "a", "energy=1", f"out={out}", "overwrite=true")
+    assert not any(is_vector(name) for name in read_lora(out).modules)
+    run("merge", bases / "modern", out, f"out={tmp_path / 'without'}")
+    found = tensors(tmp_path / "without", None)
+    assert max(float((found[key] - wanted[key]).abs().max()) for key in kept) > 0.1
 
 
 def test_a_base_in_the_hubs_cache_is_merged_into_and_compared(bases, tmp_path, monkeypatch):

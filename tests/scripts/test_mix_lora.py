@@ -315,23 +315,73 @@ def test_resize_tells_the_kept_energy_and_diffusers_reads_the_mixed_ranks(tmp_pa
     assert verify_in_diffusers(out, live) < 1e-5
 
 
-@pytest.mark.parametrize("alpha", [1.0, 2.5])
-def test_convert_there_and_back_is_the_same_file(tmp_path, capsys, alpha):
+@pytest.mark.parametrize("alpha", [1.0, 2.5, 4.0])
+def test_convert_there_and_back_is_the_same_change_with_alpha_in_the_matrices(tmp_path, capsys, alpha):
     first = write(tmp_path / "a.safetensors", lora(1, alpha=alpha), metadata={"ss_tag_frequency": "{}"})
-    run(capsys, "convert", first, f"out={tmp_path / 'k.safetensors'}")
-    run(
-        capsys, "convert", tmp_path / "k.safetensors", f"out={tmp_path / 'd.safetensors'}", "format=diffusers"
-    )
-    run(capsys, "convert", tmp_path / "d.safetensors", f"out={tmp_path / 'back.safetensors'}")
-    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "k.safetensors").read_bytes()
-    assert read_lora(tmp_path / "d.safetensors").layout == "diffusers"
-    converted = read_lora(tmp_path / "back.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in ("k", "d", "back", "folded", "again")]
+    kohya, diffusers, back, folded, again = files
+    for source, out, *keys in [
+        (first, kohya),
+        (kohya, diffusers, "format=diffusers"),
+        (diffusers, back),
+        (kohya, folded, "fold_alpha=true"),
+        (folded, again, "fold_alpha=true"),
+    ]:
+        run(capsys, "convert", source, f"out={out}", *keys)
+    assert read_lora(diffusers).layout == "diffusers"
+    assert back.read_bytes() == folded.read_bytes() == again.read_bytes()
+    assert (kohya.read_bytes() == folded.read_bytes()) == (alpha == 4.0)
+    kept, converted = read_lora(kohya), read_lora(back)
     assert (
         converted.metadata["ss_tag_frequency"] == "{}"
         and converted.metadata["ss_base_model_version"] == "sd_v1"
     )
     for name, pair in lora(1, alpha=alpha).items():
-        assert torch.equal(converted.modules[name].up, pair.up) and converted.modules[name].alpha == alpha
+        assert torch.equal(kept.modules[name].up, pair.up) and kept.modules[name].alpha == alpha
+        found = converted.modules[name]
+        assert found.alpha == 4 and torch.equal(found.up, pair.up * (alpha / 4))
+        # What a reader sees that knows no alpha.
+        torch.testing.assert_close(found.delta(), pair.delta(), rtol=1e-5, atol=1e-6)
+        flat = found.up.flatten(1) @ found.down.flatten(1)
+        torch.testing.assert_close(flat, pair.delta().flatten(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_verb_takes_float8_and_writes_the_numbers_as_float16(tmp_path, capsys, dtype):
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    pair = lora(1)[Q]
+    down, up = (tensor.to(dtype) for tensor in (pair.down, pair.up))
+    tensors = {f"{Q}.lora_down.weight": down, f"{Q}.lora_up.weight": up, f"{Q}.alpha": torch.tensor(4.0)}
+    safetensors.torch.save_file(tensors, path)
+    wanted = up.double() @ down.double()
+    other = write(tmp_path / "c.safetensors", lora(2, names=(Q,)))
+    for argv, factor, kind in [
+        (["scale", f"{path}=0.5"], 0.5, torch.float16),
+        (["convert", path], 1.0, torch.float16),
+        (["resize", path, "rank=4"], 1.0, torch.float16),
+        (["mix", f"{path}=-2"], -2.0, torch.float16),
+        (["mix", path, f"{other}=0"], 1.0, torch.float32),
+    ]:
+        run(capsys, *argv, f"out={out}", "overwrite=true")
+        found = read_lora(out).modules[Q]
+        assert found.up.dtype == kind and relative(found.delta(), factor * wanted) < 2e-3
+    assert "float8" in run(capsys, "inspect", path)
+
+
+def test_a_folder_of_peft_is_inspected_and_converted_at_its_strength(tmp_path, capsys):
+    folder, out = tmp_path / "style", tmp_path / "b.safetensors"
+    folder.mkdir()
+    pair = lora(1)[Q]
+    stem = f"base_model.model.{BLOCK}.attn1.to_q"
+    tensors = {f"{stem}.lora_A.weight": pair.down, f"{stem}.lora_B.weight": pair.up}
+    (folder / "adapter_model.safetensors").write_bytes(serialize(tensors, {}))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 16}')
+    assert "rank        4, alpha 16: 1 modules" in run(capsys, "inspect", folder)
+    assert "unknown" not in run(capsys, "convert", folder, f"out={out}")
+    assert relative(read_lora(out).modules[Q].delta(), 4 * (pair.up @ pair.down).double()) < 1e-6
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    assert "strength is unknown" in run(capsys, "convert", bare, f"out={tmp_path / 'c.safetensors'}")
 
 
 def test_convert_warns_of_differing_alphas_and_refuses_dora_in_kohya(tmp_path, capsys):

@@ -47,8 +47,6 @@ CASES = {
     "patience": ({"early_stop_patience": 9}, "never stops"),
     "no prompts": ({"sample_prompts": []}, "sample_prompts is empty"),
     "trigger": ({"trigger_word": "zwx", "sample_prompts": ["a lake"]}, "lack the trigger word"),
-    "prompt marks": ({"sample_prompts": ["a (lake:1.2)"]}, "marks of A1111"),
-    "long prompt": ({"sample_prompts": ["a lake " * 40]}, "is not read"),
 }
 
 

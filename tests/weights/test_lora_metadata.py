@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lorakit.weights.lora_metadata import AdapterAlphas, adapter_metadata, training_metadata
+from lorakit.weights.adapter_config import AdapterAlphas, adapter_metadata
+from lorakit.weights.lora_metadata import training_metadata
 
 CONFIG = {
     "learning_rate": 1e-4,
@@ -118,9 +119,7 @@ def test_rslora_of_other_tools_is_folded_into_alpha_and_unknown_fields_are_ignor
 
 
 def test_a_pattern_names_the_end_of_a_path_at_a_dot():
-    alphas = alphas_of(
-        {"text_encoder.lora_alpha": 8, "text_encoder.alpha_pattern": {"^q_proj": 2, "proj": 5}}
-    )
+    alphas = alphas_of({"text_encoder.lora_alpha": 8, "text_encoder.alpha_pattern": {"q_proj": 2, "proj": 5}})
     assert alphas.alpha("text_encoder", "a.q_proj", 4) == 2
     assert alphas.alpha("text_encoder", "a.k_proj", 4) == 8
 
@@ -135,7 +134,7 @@ def test_without_metadata_alpha_is_the_rank():
         {"unet.lora_alpha": "much"},
         {"unet.lora_alpha": None},
         {"unet.lora_alpha": float("nan")},
-        {"unet.lora_alpha": 1, "unet.alpha_pattern": {".*to_q|to_k": 2}},
+        {"unet.lora_alpha": 1, "unet.alpha_pattern": {"to_q|(": 2}},
         {"unet.lora_alpha": 1, "unet.alpha_pattern": [1]},
     ],
 )
