@@ -150,6 +150,16 @@ def write_controlnet(folder: Path, unet: Any) -> dict[str, Path]:
     }
 
 
+def write_header(path: Path, shapes: dict[str, list[int]], metadata: dict[str, str] | None = None) -> Path:
+    """A safetensors file of names and shapes alone, which is all that is read of it."""
+    entries = {
+        name: {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()
+    }
+    text = json.dumps(entries | ({"__metadata__": metadata} if metadata else {})).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return path
+
+
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2))

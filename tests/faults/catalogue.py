@@ -1,7 +1,8 @@
 """Every fault that this toolkit promises to survive or to explain, and the tests that prove it.
 
-Families: L the life of a run, D data sets, I pictures, F LoRA files and bases, C configs. `code` is the exit
-code that a script ends with; a test is named by its file below tests/ and its function, `::` between them.
+Families: L the life of a run, D data sets, I pictures, F LoRA files and bases, C configs, B bases as they are
+published. `code` is the exit code that a script ends with; a test is named by its file below tests/ and its
+function, `::` between them.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ FAMILIES = {
     "I": "pictures",
     "F": "LoRA files and bases",
     "C": "configs",
+    "B": "bases as published",
 }
 
 
@@ -30,6 +32,8 @@ RUN, DATA = "faults/test_run.py::test_", "faults/test_dataset.py::test_"
 PICTURES, FILES = "faults/test_pictures.py::test_", "faults/test_lora_and_model_files.py::test_"
 CONFIGS, FOLDER, IMAGES = "faults/test_configs.py::test_", "test_folder.py::test_", "test_images.py::test_"
 TRAIN, MORPH, RUNS = "test_train.py::test_", "test_morph.py::test_", "test_runs.py::test_"
+BASES, SINGLE, HUB = "faults/test_bases.py::test_", "test_single_file.py::test_", "test_hub.py::test_"
+LAYOUTS, CHANGED = "test_layouts.py::test_", "test_changed_base.py::test_"
 LORA_FILE, MIX = "test_lora_file.py::test_", "test_mix_lora.py::test_"
 
 ROWS = (
@@ -52,7 +56,7 @@ ROWS = (
         "0",
         (
             f"{TRAIN}a_run_stopped_at_any_step_and_resumed_equals_a_straight_run",
-            "test_data.py::test_one_bucket_shows_every_picture_equally_often",
+            "test_order.py::test_one_bucket_shows_every_picture_equally_often",
             "test_data.py::test_a_sample_does_not_depend_on_its_batch",
         ),
         "loader workers: a step reads cached tensors and starts none; which sample and noise a step has "
@@ -348,7 +352,7 @@ ROWS = (
             f"{DATA}taken",
             f"{DATA}d17_every_picture_is_shown_when_the_batch_is_larger_than_the_data",
             f"{DATA}d17_a_hundred_thousand_lines_are_refused_in_linear_time_and_in_a_screenful",
-            "test_data.py::test_fewer_pictures_than_the_batch_still_fill_it",
+            "test_order.py::test_fewer_pictures_than_the_batch_still_fill_it",
         ),
     ),
     Row(
@@ -597,5 +601,85 @@ ROWS = (
             f"{CONFIGS}c7_every_documented_command_is_understood",
             f"{USER}every_config_loads_and_names_the_schema",
         ),
+    ),
+    Row(
+        "B1",
+        "configs from before a key was one, old names of tensors, fp16 files alone",
+        "0",
+        (
+            f"{LAYOUTS}every_layout_of_one_precision_gives_the_same_bits",
+            "test_published.py::test_what_a_config_leaves_out_is_filled_in_and_what_it_says_stays",
+        ),
+    ),
+    Row(
+        "B2",
+        "a single file without a network: original names, an EMA, fp16, no word of what it predicts",
+        "0, with a note on what was assumed",
+        (
+            f"{SINGLE}a_file_has_the_tensors_of_a_folder",
+            f"{SINGLE}a_file_of_the_real_size_is_described_without_any_other",
+            f"{SINGLE}what_a_file_of_2x_predicts",
+        ),
+    ),
+    Row(
+        "B3",
+        "an inpainting, depth or instruct model",
+        "2",
+        (
+            f"{BASES}refused_from_the_header",
+            f"{SINGLE}a_model_that_reads_more_than_latents_is_refused_by_its_name",
+        ),
+    ),
+    Row(
+        "B4",
+        "another model, a LoRA, or a part of a base given as base",
+        "2",
+        (f"{BASES}refused_from_the_header", f"{SINGLE}another_kind_of_file_is_refused_by_its_name"),
+    ),
+    Row("B5", "pickled weights only", "2", (f"{BASES}refused_from_the_header",)),
+    Row(
+        "B6",
+        "a repository that is gone, private, gated or misspelt, a folder that is not there",
+        "2, before anything big is fetched",
+        (
+            f"{BASES}refused_from_the_header",
+            f"{BASES}what_the_hub_would_have_is_said_where_it_cannot_be_asked",
+            f"{HUB}what_cannot_be_used_is_refused_before_any_weights_are_fetched",
+        ),
+    ),
+    Row(
+        "B7",
+        "a cache without what is not used; one that was cut",
+        "0; 2 with what is missing",
+        (
+            f"{HUB}a_complete_cache_works_offline_whatever_else_is_absent",
+            f"{HUB}a_partial_cache_names_what_is_missing_and_is_completed_where_it_can_be",
+            f"{BASES}what_the_hub_would_have_is_said_where_it_cannot_be_asked",
+        ),
+    ),
+    Row(
+        "B8",
+        "a base that changed between a run and its continuation, its configs alone too",
+        "2",
+        (
+            f"{BASES}b8_a_base_that_changed_is_refused_at_resume",
+            f"{CHANGED}a_base_that_changed_is_refused_at_resume",
+        ),
+    ),
+    Row(
+        "B9",
+        "two bases whose weights are the same and whose configs or tokenizers are not",
+        "0, with caches, paths and films of their own",
+        (
+            f"{CHANGED}text_states_of_a_text_encoder_with_fewer_layers_are_made_anew",
+            f"{CHANGED}latents_of_a_vae_with_another_config_are_made_anew",
+            f"{CHANGED}a_film_of_a_base_that_changed_is_another_film",
+        ),
+    ),
+    Row(
+        "B10",
+        "a ControlNet that is none, or another base's",
+        "2",
+        (f"{BASES}a_controlnet_that_does_not_fit",),
     ),
 )

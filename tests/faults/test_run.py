@@ -22,7 +22,7 @@ from lorakit.ground.checkpoints import checkpoints, verify_checkpoint
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import UserError
 from lorakit.ground.runs import lock_run
-from lorakit.training.config import APPLIED, FIXED, FREE, TrainConfig
+from lorakit.training.config import APPLIED, FIXED, FREE, BaseLora, TrainConfig
 from lorakit.training.plan import make_plan
 from lorakit.training.resume import check_resume
 
@@ -416,6 +416,7 @@ def changed(key: str, value: object) -> object:
 
 
 OTHERS = {
+    "base_loras": (BaseLora(path=str(ROOT / "pyproject.toml")),),  # any file has a hash
     "mixed_precision": "bf16",
     "prediction_type": "v_prediction",
     "clip_skip": 2,
@@ -453,8 +454,9 @@ def test_l8_every_key_that_changed_is_refused_or_applied_and_said_or_free(train,
     other = cfg.model_copy(update={key: changed(key, getattr(cfg, key))})
     before, after = (one.model_dump(mode="json")[key] for one in (cfg, other))
     assert before != after
-    if key in FIXED:
-        with pytest.raises(UserError, match=f"(?s){key}: .* -> .*set these back, or start a new ckpt_name"):
+    if key in FIXED or key == "base_loras":  # which may lie elsewhere, and must be the same
+        shown = "other files or weights" if key == "base_loras" else ".* -> "
+        with pytest.raises(UserError, match=f"(?s){key}: {shown}.*set these back, or start a new ckpt_name"):
             check_resume(other, plan, folder)
     else:
         said = [f"{key}: {before} -> {after}, from here on"] if key in APPLIED else []

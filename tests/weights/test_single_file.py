@@ -1,7 +1,5 @@
 """Checkpoints of the original code, read by their header."""
 
-import json
-
 import narrow
 import pytest
 from safetensors.torch import load_file, save_file
@@ -81,21 +79,11 @@ def full_header(family: str, channels: int = 4) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
-def write_header(path, shapes, metadata=None):
-    """A safetensors file of names and shapes alone, which is all that these tests read."""
-    entries = {
-        name: {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()
-    }
-    text = json.dumps(entries | ({"__metadata__": metadata} if metadata else {})).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    return path
-
-
 @pytest.mark.parametrize(
     ("family", "parameters", "width"), [("sd1", 1_066_235_307, 768), ("sd2", 1_289_952_427, 1024)]
 )
 def test_a_file_of_the_real_size_is_described_without_any_other(tmp_path, family, parameters, width):
-    info = inspect_base(str(write_header(tmp_path / "base.safetensors", full_header(family))))
+    info = inspect_base(str(narrow.write_header(tmp_path / "base.safetensors", full_header(family))))
     assert sum(info.parameters.values()) == parameters
     assert (info.cross_attention_dim, info.vae_factor, info.max_tokens) == (width, 8, 77)
     assert (info.resolution, info.prediction_type) == {
@@ -125,7 +113,7 @@ TOLD = {
 @pytest.mark.parametrize("case", TOLD)
 def test_what_a_file_of_2x_predicts(tmp_path, case):
     yaml, metadata, key, expected, resolution, notes = TOLD[case]
-    path = write_header(tmp_path / "base.safetensors", full_header("sd2"), metadata)
+    path = narrow.write_header(tmp_path / "base.safetensors", full_header("sd2"), metadata)
     if yaml:
         path.with_suffix(".yaml").write_text(yaml)
     info = inspect_base(str(path), prediction_type=key)
@@ -169,7 +157,7 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_another_kind_of_file_is_refused_by_its_name(tmp_path, case):
     shapes, words = OTHERS[case]
-    message = refused(write_header(tmp_path / "other.safetensors", shapes))
+    message = refused(narrow.write_header(tmp_path / "other.safetensors", shapes))
     assert str(tmp_path / "other.safetensors") in message
     assert all(word in message for word in words), message
 
@@ -180,7 +168,7 @@ def test_another_kind_of_file_is_refused_by_its_name(tmp_path, case):
 )
 def test_a_model_that_reads_more_than_latents_is_refused_by_its_name(tmp_path, channels, name):
     for path in (
-        write_header(tmp_path / "base.safetensors", full_header("sd1", channels)),
+        narrow.write_header(tmp_path / "base.safetensors", full_header("sd1", channels)),
         narrow.write_base(tmp_path, "modern", in_channels=channels),
     ):
         message = refused(path)
