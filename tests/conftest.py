@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("any machine")
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 TIMES = ROOT / "tests/times.json"
-SLOW = 0.3  # seconds of a case of a test, in the mean, from which it is marked and its time is kept
+SLOW, MUCH = 0.3, 4.0  # seconds of a case of a test in the mean, and of all, from which a test is slow
 NEW = 10.0  # seconds; a test that takes as long and whose time is not known is named at the end
 
 
@@ -106,7 +106,11 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 took.setdefault(report.nodeid.split("[")[0], Counter())[report.nodeid] += report.duration
     means = {name: cases.total() / len(cases) for name, cases in took.items()}
     if terminalreporter.config.option.times:
-        kept = {name: round(seconds, 1) for name, seconds in sorted(means.items()) if seconds >= SLOW}
+        kept = {
+            name: round(seconds, 2)
+            for name, seconds in sorted(means.items())
+            if seconds >= SLOW or took[name].total() >= MUCH
+        }
         TIMES.write_text(json.dumps(kept, indent=0) + "\n", encoding="utf-8")
     for name, seconds in sorted(means.items(), key=lambda item: -item[1]):
         if seconds > NEW and name not in known_times():

@@ -16,6 +16,8 @@ from small import run_forked
 
 from lorakit.weights.lora_file import lora_bytes
 
+pytestmark = pytest.mark.slow  # its fixtures are
+
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "morph.py"
 FRAMES, STEPS = 3, 4
 SHARED = math.ceil(0.6 * STEPS)  # steps in which frames look at the pictures

@@ -13,6 +13,8 @@ from lorakit.sampling.restyling import load_controlnet
 from lorakit.weights.base import BaseError, inspect_base
 from lorakit.weights.controlnet import inspect_controlnet
 
+pytestmark = pytest.mark.slow  # its fixtures are
+
 
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def base(request, tmp_path_factory) -> Base:

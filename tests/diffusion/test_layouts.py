@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from lorakit.diffusion.models import Base
 from lorakit.weights.base import BaseError, inspect_base
 
+pytestmark = pytest.mark.slow  # its fixtures are
+
 
 def open_layout(root, layout: str, dtype: torch.dtype = torch.float32) -> Base:
     file = root / f"{layout}.safetensors"

@@ -46,7 +46,11 @@ def cases(session: pytest.Session) -> Counter[str]:
     """Cases of each file of this folder, as pytest collects them; anew where this run is of fewer."""
     folder = Path(__file__).parent
     found = Counter(item.path.name for item in session.items if item.path.parent == folder)
-    if set(found) == {path.name for path in folder.glob("test_*.py")} and not session.config.option.keyword:
+    if (
+        set(found) == {path.name for path in folder.glob("test_*.py")}
+        and not session.config.option.keyword
+        and "slow" not in session.config.option.markexpr
+    ):
         return found
     words = ["--collect-only", "-q", "--no-header", "-p", "no:cacheprovider", "tests/faults"]
     command = [sys.executable, "-m", "pytest", *words]
@@ -54,6 +58,7 @@ def cases(session: pytest.Session) -> Counter[str]:
     return Counter(line.split("::")[0].rpartition("/")[2] for line in out.splitlines() if "::test_" in line)
 
 
+@pytest.mark.slow  # where this run is of fewer
 def test_the_count(capsys, request):
     """Printed, and the same as in docs/RELIABILITY.md."""
     counted = cases(request.session)

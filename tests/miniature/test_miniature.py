@@ -107,6 +107,7 @@ def test_the_recipe_makes_a_base_that_diffusers_and_this_toolkit_load(recipe):
     assert controlled.shape == picture.shape and np.abs(controlled - picture).max() > 0
 
 
+@pytest.mark.slow
 def test_every_stage_encodes_with_the_values_that_are_shipped(recipe):
     _, vae, base, _ = recipe
     first = diffusion.load_vae(vae, torch.device("cpu")).state_dict()

@@ -336,6 +336,7 @@ def test_a_run_that_makes_no_picture_leaves_the_earlier_one_as_it_is(run, argume
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.quick
 def test_the_same_command_gives_the_same_files(run):
     one, other = run(overwrite=True), run(name="other")
     for name in ("0000.png", "sheet.png"):

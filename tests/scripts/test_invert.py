@@ -83,6 +83,7 @@ def test_evaluations_are_counted_and_exact_methods_score_better(arguments, tmp_p
         assert rows["ddim", guidance]["psnr_to_vae"] < 50
 
 
+@pytest.mark.quick
 def test_a_lora_counts_and_the_same_command_gives_the_same_table(arguments, random_lora, tmp_path, capsys):
     from inversion_pipeline import InversionPipeline
     from lorakit.weights.lora_file import lora_bytes

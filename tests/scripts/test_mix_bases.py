@@ -15,6 +15,8 @@ from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.part_files import read_places
 from lorakit.weights.tensors import read_header, serialize
 
+pytestmark = pytest.mark.slow  # its fixtures are
+
 PARTS = ("unet", "vae", "text_encoder")
 CHANGED = ("unet", "text_encoder")
 

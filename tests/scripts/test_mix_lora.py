@@ -781,6 +781,7 @@ def test_a_merge_that_breaks_midway_leaves_the_old_folder(
     assert sorted(tmp_path.iterdir()) == names
 
 
+@pytest.mark.quick
 def test_extract_finds_the_lora_that_was_merged(tmp_path, capsys, tiny_base, trained_pairs):
     path, merged = write(tmp_path / "a.safetensors", trained_pairs), tmp_path / "merged"
     run(capsys, "merge", tiny_base, path, f"out={merged}")

@@ -181,6 +181,7 @@ def test_a_lora_of_any_rank_and_weight_is_taken_and_weight_zero_is_none(
     assert frames_of(with_lora)[1] != frames_of(plain)[1]
 
 
+@pytest.mark.quick
 def test_the_same_picture_twice_is_a_film_too(morphed, morph_settings):
     """Its corrections sum to the picture's own at power 1 only, so that it stands still then."""
     images = config_of(morph_settings(loras=NONE)).model_dump(mode="json")["images"][:1] * 2

@@ -92,6 +92,7 @@ def run(arguments, tmp_path):
 # ---- pictures in ----
 
 
+@pytest.mark.quick
 def test_a_picture_gives_its_edges_a_result_a_sheet_and_a_report(run, capsys, pictures):
     folder = run()
     assert {p.name for p in folder.iterdir()} == {"0000.png", "edges.png", "sheet.png", "report.json"}

@@ -52,6 +52,7 @@ def relative_difference(a: Path, b: Path) -> float:
 # ---- what a run writes ----
 
 
+@pytest.mark.quick
 def test_a_run_writes_a_lora_that_diffusers_loads_and_a_run_folder(trained, tiny_base):
     from diffusers import StableDiffusionPipeline
 

@@ -176,6 +176,7 @@ def test_a_model_that_reads_more_than_latents_is_refused_by_its_name(tmp_path, c
         assert f"reads {channels} channels, where latents have 4" in message and str(path) in message
 
 
+@pytest.mark.slow
 def test_a_narrow_file_asks_for_its_configs(family):
     _, root = family
     message = refused(root / "file.safetensors")
