@@ -67,10 +67,16 @@ def build_sd15(folder: Path, divisor: int = 1, side: int = 512, device: str = "c
     def narrowed(channels: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(max(32, round(count / divisor / 32) * 32) for count in channels)
 
-    unet = SD15_UNET | {"sample_size": side // 8, "cross_attention_dim": text_width(divisor)}
+    unet: dict[str, Any] = SD15_UNET | {"sample_size": side // 8, "cross_attention_dim": text_width(divisor)}
     unet["block_out_channels"] = narrowed(unet["block_out_channels"])
-    vae = SD15_VAE | {"sample_size": side, "block_out_channels": narrowed(SD15_VAE["block_out_channels"])}
-    text = SD15_TEXT | {"hidden_size": text_width(divisor), "intermediate_size": 4 * text_width(divisor)}
+    vae: dict[str, Any] = SD15_VAE | {
+        "sample_size": side,
+        "block_out_channels": narrowed(SD15_VAE["block_out_channels"]),
+    }
+    text: dict[str, Any] = SD15_TEXT | {
+        "hidden_size": text_width(divisor),
+        "intermediate_size": 4 * text_width(divisor),
+    }
     tokenizer = CLIPTokenizer.from_pretrained(
         ROOT / "ckpt/miniature", subfolder="tokenizer", model_max_length=77
     )
