@@ -43,11 +43,17 @@ def with_repeats(table: Table, repeats: str | Mapping[str, int] | None) -> Table
         counts = [_nearest_number(row.name) for row in table.rows]
     else:
         counts = _counts(table, repeats)
+    said = []
+    if isinstance(repeats, str) and not any(
+        _number(part) for row in table.rows for part in _parents(row.name)
+    ):
+        said.append('repeats "kohya" has no effect: no folder is named NUMBER_NAME')
     rows = tuple(replace(row, repeats=n) for row, n in zip(table.rows, counts, strict=True) if n)
     if not rows:
         raise UserError("repeats: every folder has 0, so that no picture is shown")
     lost = [row.name for row, n in zip(table.rows, counts, strict=True) if not n]
-    said = [f"{len(lost)} picture(s) are left out by a folder's 0: {listing(lost)}"] if lost else []
+    if lost:
+        said.append(f"{len(lost)} picture(s) are left out by a folder's 0: {listing(lost)}")
     return replace(table, rows=rows, warnings=(*table.warnings, *said))
 
 

@@ -19,7 +19,7 @@ class GenerateConfig(SamplingConfig):
     headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"prompt": "Pictures"}
 
     prompt: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field("", description="what to show; a list makes a row of the sheet for each")
-    prompt_file: str | None = Field(None, description="text file with a prompt in each line, which counts instead of prompt; # begins a comment, and a line may end with --n NEGATIVE --w WIDTH --h HEIGHT --s STEPS --l GUIDANCE --d SEED, as in sd-scripts")
+    prompt_file: str | None = Field(None, description="text file with a prompt in each line, which counts instead of prompt; a line that begins with # is a comment, and one may end with --n NEGATIVE --w WIDTH --h HEIGHT --s STEPS --l GUIDANCE --d SEED, as in sd-scripts")
     images_per_prompt: int = Field(1, ge=1, le=10_000, description="pictures of each prompt")
 
     axes: ClassVar[tuple[str, ...]] = (*SamplingConfig.axes, "prompt")

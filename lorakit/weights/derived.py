@@ -31,9 +31,10 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return {None: None, "float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
-def is_v2(modules: Mapping[str, LoraPair]) -> bool:
-    """Whether a LoRA is for Stable Diffusion 2.x."""
-    return base_of(modules) == "Stable Diffusion 2.x"
+def is_v2(modules: Mapping[str, LoraPair]) -> bool | None:
+    """Whether a LoRA is for Stable Diffusion 2.x; None where its modules do not tell."""
+    base = base_of(modules)
+    return None if base is None else base == "Stable Diffusion 2.x"
 
 
 def metadata_of_sum(

@@ -132,7 +132,13 @@ _OF_THE_BASE = (
 
 
 def mixed_metadata(
-    *, name: str, formula: str, sources: Sequence[Mapping[str, str]], rank: int, alpha: float, is_v2: bool
+    *,
+    name: str,
+    formula: str,
+    sources: Sequence[Mapping[str, str]],
+    rank: int,
+    alpha: float,
+    is_v2: bool | None,
 ) -> dict[str, str]:
     """The metadata of a LoRA file made of others: what it was made of, and what they say alike of their base.
 
@@ -164,7 +170,7 @@ def mixed_metadata(
     )
 
 
-def converted_metadata(metadata: Mapping[str, str], *, is_v2: bool) -> dict[str, str]:
+def converted_metadata(metadata: Mapping[str, str], *, is_v2: bool | None) -> dict[str, str]:
     """The metadata of a file in another layout: all but what described the tensors of the old one."""
     stale = re.compile(
         rf"format|{ADAPTER_KEY}|(unet|text_encoder)(:\d+:rank)?|sshs_.*|modelspec\.hash_sha256"
@@ -173,8 +179,13 @@ def converted_metadata(metadata: Mapping[str, str], *, is_v2: bool) -> dict[str,
     return base_metadata(is_v2) | kept
 
 
-def base_metadata(is_v2: bool) -> dict[str, str]:
-    """By which A1111 and kohya's tools tell the base, in files that say nothing of it themselves."""
+def base_metadata(is_v2: bool | None) -> dict[str, str]:
+    """By which A1111 and kohya's tools tell the base, in files that say nothing of it themselves.
+
+    None: it is not known, and nothing is said.
+    """
+    if is_v2 is None:
+        return {}
     return {
         "ss_v2": str(is_v2),
         "ss_base_model_version": "sd_v2" if is_v2 else "sd_v1",

@@ -111,7 +111,7 @@ def base_here(name: str, base_config: str | None = None) -> BaseInfo:
 def check_target(out: Path, info: BaseInfo, overwrite: bool) -> None:
     """Raises UserError unless a copy of this base may be written to `out`."""
     is_file = info.root is None
-    if is_file != (out.suffix == ".safetensors"):
+    if out.suffix != ".safetensors" if is_file else out.suffix in _CHECKPOINTS:
         wanted = "a file, whose name ends in .safetensors" if is_file else "a folder"
         raise UserError(f"{out}: {info.name} is a {info.kind} base, so that out must be {wanted}")
     root = info.root or info.files["unet"]

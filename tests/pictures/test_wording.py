@@ -61,6 +61,12 @@ def test_folders_with_numbers_are_said_where_nothing_is_asked(nested):
     assert with_repeats(nested, {"plain": 2}).warnings == ()
 
 
+def test_numbers_that_no_folder_has_are_said(nested, tmp_path):
+    add(tmp_path / "flat", "a.png")
+    (said,) = with_repeats(read_folder(tmp_path / "flat"), "kohya").warnings
+    assert "no effect" in said and with_repeats(nested, "kohya").warnings == ()
+
+
 def test_a_folder_without_pictures_is_refused_with_those_there_are(nested):
     with pytest.raises(UserError, match=r"no picture lies in ridge; the folders are \., 1_ridge"):
         with_repeats(nested, {"ridge": 2})

@@ -201,6 +201,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(bases, tmp_path):
             "out must be a file, whose name ends in .safetensors",
         ),
         ([folder, lora, f"out={tmp_path / 'x.safetensors'}"], "out must be a folder"),
+        ([folder, lora, f"out={tmp_path / 'x.ckpt'}"], "out must be a folder"),
         ([file, lora, f"out={file}", "overwrite=true", config], "the base itself"),
         ([file, lora, f"out={tmp_path / 'taken.safetensors'}", config], "exists"),
         ([file, lora, f"out={tmp_path / 'x.safetensors'}"], "give the folder of its configs as base_config"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorakit.weights.adapter_config import AdapterAlphas, adapter_metadata
-from lorakit.weights.lora_metadata import training_metadata
+from lorakit.weights.lora_metadata import converted_metadata, training_metadata
 
 CONFIG = {
     "learning_rate": 1e-4,
@@ -141,3 +141,12 @@ def test_without_metadata_alpha_is_the_rank():
 def test_adapter_metadata_that_leaves_the_strength_open_is_refused(fields):
     with pytest.raises((ValueError, TypeError, AttributeError)):
         alphas_of(fields)
+
+
+@pytest.mark.parametrize(("is_v2", "version"), [(None, None), (False, "sd_v1"), (True, "sd_v2")])
+def test_a_converted_file_says_of_its_base_what_is_known(is_v2, version):
+    found = converted_metadata({"ss_tag": "x"}, is_v2=is_v2)
+    assert found.get("ss_base_model_version") == version and found["ss_tag"] == "x"
+    assert ("modelspec.architecture" in found) == (version is not None)
+    kept = {"ss_base_model_version": "sd_v2_v"}
+    assert converted_metadata(kept, is_v2=is_v2)["ss_base_model_version"] == "sd_v2_v"
