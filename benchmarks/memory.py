@@ -53,12 +53,12 @@ def watch(process: subprocess.Popen, metrics: Path) -> dict[str, dict[str, int]]
 
 
 def main(argv: list[str]) -> int:
+    argv = [*argv, "overwrite=true", "logging_steps=1", "sample_steps=0", "validation_steps=0"]
     cfg = parse_command(TrainConfig, argv, prog="benchmarks/memory.py", description=str(__doc__)).config
     plan = make_plan(cfg)
     half = cfg.mixed_precision in ("bf16", "fp16")
     predicted = predict_memory(cfg, plan, half)
-    options = ["overwrite=true", "logging_steps=1", "sample_steps=0", "validation_steps=0"]
-    command = [sys.executable, "train_lora.py", *argv, *options]
+    command = [sys.executable, "train_lora.py", *argv]
     run = Path(cfg.output_dir) / cfg.ckpt_name
     (run / "metrics.jsonl").unlink(missing_ok=True)
     process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
