@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from lorakit.diffusion.targets import resolve_targets
 from lorakit.diffusion.text import dropped
 from lorakit.ground.errors import UserError
-from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, is_vector, kohya_name
+from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, kohya_name, refuse_vectors
 from lorakit.weights.lora_foreign import some
 from lorakit.weights.lora_import import read_any
 from lorakit.weights.lora_metadata import Component
@@ -171,11 +171,7 @@ def load_lora(
             f"{label}: is in cloneofsimo's layout, which numbers its modules instead of naming them; "
             "name them with `mix_lora.py convert`"
         )
-    if vectors := [name for name in file.modules if is_vector(name)]:
-        raise UserError(
-            f"{label}: changes {len(vectors)} biases and norms, such as {vectors[0]}, which no adapter can; "
-            "make a base of it with `mix_lora.py merge`"
-        )
+    refuse_vectors(file.modules, label)
     plans: list[tuple[Any, dict[str, LoraPair]]] = []
     models: dict[Component, Any] = {"unet": unet, "text_encoder": text_encoder}
     for component, model in models.items():

@@ -25,7 +25,7 @@ from lorakit.weights.base import BaseInfo
 from lorakit.weights.identity import base_identity
 from lorakit.weights.tensors import read_tensors, serialize
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def load_adapters(base: Base, loras: Sequence[str], notes: list[str] | None = None) -> dict[str, str]:

@@ -20,7 +20,7 @@ from lorakit.weights.identity import base_identity
 from lorakit.weights.tokens import unread_notes
 
 Shape = tuple[int, int]
-VERSION = 1  # of what frames are a function of; counts up when the same config gives other frames
+VERSION = 2  # of what frames are a function of; counts up when the same config gives other frames
 FIT_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)  # shares of the schedule at which LoRAs are tried on pictures
 # What only shows frames, or says where they go.
 PRESENTATION = {

@@ -39,15 +39,14 @@ def with_repeats(table: Table, repeats: str | Mapping[str, int] | None) -> Table
             'showings an epoch set repeats to "kohya"'
         )
         return replace(table, warnings=(*table.warnings, said))
+    said = []
     if isinstance(repeats, str):
-        counts = [_nearest_number(row.name) for row in table.rows]
+        numbers = [_nearest_number(row.name) for row in table.rows]
+        counts = [1 if number is None else number for number in numbers]
+        if not any(number is not None for number in numbers):
+            said.append('repeats "kohya" has no effect: no folder is named NUMBER_NAME')
     else:
         counts = _counts(table, repeats)
-    said = []
-    if isinstance(repeats, str) and not any(
-        _number(part) for row in table.rows for part in _parents(row.name)
-    ):
-        said.append('repeats "kohya" has no effect: no folder is named NUMBER_NAME')
     rows = tuple(replace(row, repeats=n) for row, n in zip(table.rows, counts, strict=True) if n)
     if not rows:
         raise UserError("repeats: every folder has 0, so that no picture is shown")
@@ -68,8 +67,8 @@ def _number(folder: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _nearest_number(name: str) -> int:
-    return next((n for part in _parents(name) if (n := _number(part)) is not None), 1)
+def _nearest_number(name: str) -> int | None:
+    return next((n for part in _parents(name) if (n := _number(part)) is not None), None)
 
 
 def _counts(table: Table, repeats: Mapping[str, int]) -> list[int]:

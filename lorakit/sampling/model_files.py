@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lorakit.ground.errors import UserError
 from lorakit.weights.base import weights_hash
-from lorakit.weights.part_files import BaseError, weights_file
+from lorakit.weights.part_files import weights_file
+from lorakit.weights.single_file import what_else
 from lorakit.weights.tensors import file_payload_sha256, read_header
 
 _ALIAS = "ss_output_name"
@@ -67,7 +68,8 @@ def portable(path: str) -> str:
 def fingerprint(path: str) -> str | None:
     """Hex sha256 by which a file is known again whatever its name; None where there is none here.
 
-    Of safetensors the tensors count, as in `sshs_model_hash`; of a base its U-Net; of a folder its weights.
+    Of a LoRA the tensors count, as in `sshs_model_hash`; of a base its U-Net, or the file that it is; of
+    another folder its weights.
     """
     place = Path(path)
     try:
@@ -78,7 +80,7 @@ def fingerprint(path: str) -> str | None:
             return weights_hash(own[0]) if own else None
         status = place.stat()
         return _file_hash(path, status.st_size, status.st_mtime_ns)
-    except (OSError, BaseError):
+    except (OSError, UserError):
         return None
 
 
@@ -86,6 +88,7 @@ def fingerprint(path: str) -> str | None:
 def _file_hash(path: str, size: int, mtime_ns: int) -> str:
     """Once per process and state of the file."""
     if path.endswith(".safetensors"):
-        return file_payload_sha256(Path(path))
+        is_base = what_else(read_header(Path(path))[0]) is None
+        return (weights_hash if is_base else file_payload_sha256)(Path(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,9 +17,10 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.setup import Learner
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import text_layers
-from lorakit.weights.lora_file import TARGET_PRESETS, LoraPair, component_of, kohya_name, unflatten
+from lorakit.weights.lora_file import TARGET_PRESETS, LoraPair, component_of, refuse_vectors, unflatten
 from lorakit.weights.lora_import import read_any
 from lorakit.weights.lora_metadata import Component
+from lorakit.weights.merging import check_places
 
 Modules = Mapping[str, LoraPair]
 
@@ -34,14 +35,14 @@ def settled(cfg: TrainConfig) -> tuple[TrainConfig, list[str]]:
     notes = []
     for entry in cfg.base_loras:
         file, own = read_any(Path(entry.path))
-        check_places(entry.path, file.modules, base)
+        _check(file.modules, base, entry.path)
         if any(pair.magnitude is not None for pair in file.modules.values()):
             raise UserError(f"base_loras: {entry.path} is DoRA, which is not merged: name plain LoRAs")
         notes += [f"{entry.path}: {note}" for note in own]
     if cfg.init_lora is None:
         return cfg, notes
     file, own = read_any(Path(cfg.init_lora))
-    check_places(cfg.init_lora, file.modules, base)
+    _check(file.modules, base, cfg.init_lora)
     changes = _settings(cfg, file.modules, base)
     said = ", ".join(f"{key} {_shown(value)}" for key, value in changes.items())
     notes += [f"{cfg.init_lora}: {note}" for note in own]
@@ -61,22 +62,11 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
-def check_places(label: str, modules: Modules, base: BaseInfo) -> None:
-    """Raises UserError unless every module has its layer in the base, if its headers are here."""
-    if not base.known:
-        return
-    shapes = {}
-    parts: tuple[Component, ...] = ("unet", "text_encoder")
-    for part in parts:
-        shapes |= {
-            kohya_name(part, key.removesuffix(".weight")): shape for key, shape in base.shapes(part).items()
-        }
-    for name, pair in modules.items():
-        own, shape = (pair.up.shape[0], pair.down[0].numel()), shapes.get(name)
-        if shape is None:
-            raise UserError(f"{label}: {name} has no place in {base.name}; take a LoRA of its kind of base")
-        if own != (shape[0], math.prod(shape[1:])):
-            raise UserError(f"{label}: {name} changes {own[0]}x{own[1]} weights, {base.name} has {[*shape]}")
+def _check(modules: Modules, base: BaseInfo, label: str) -> None:
+    """Raises UserError unless a LoRA can be an adapter of the base, as far as its headers are here."""
+    refuse_vectors(modules, label)
+    if base.known:
+        check_places(base, modules, label)
 
 
 def _settings(cfg: TrainConfig, modules: Modules, base: BaseInfo) -> dict[str, Any]:

@@ -146,6 +146,15 @@ def is_vector(name: str) -> bool:
     return name.endswith(".bias") or re.search(r"norm(\d|_out)?$", name) is not None
 
 
+def refuse_vectors(modules: Mapping[str, LoraPair], label: str) -> None:
+    """Raises UserError: the LoRA `label` changes biases or norms."""
+    if vectors := [name for name in modules if is_vector(name)]:
+        raise UserError(
+            f"{label}: changes {len(vectors)} biases and norms, such as {vectors[0]}, which no adapter can; "
+            "make a base of it with `mix_lora.py merge`"
+        )
+
+
 def base_of(modules: Mapping[str, LoraPair]) -> str | None:
     """The base model's family, by the width of the text that cross attention reads; None if unknown."""
     families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}

@@ -85,8 +85,8 @@ def merge(
     names = sorted({name for _, modules, _ in sources for name in modules})
     terms = {n: [(modules[n], weight) for _, modules, weight in sources if n in modules] for n in names}
     changed: set[Component] = {component_of(name) for name in names}
-    for component in changed:
-        _check_places(info, component, {n: own for n, own in terms.items() if component_of(n) == component})
+    for path, modules, _ in sources:
+        check_places(info, modules, path)
     check_target(out, info, overwrite)
     done = Merge()
     if info.root is None:
@@ -163,22 +163,24 @@ def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def _check_places(info: BaseInfo, component: Component, terms: Terms) -> None:
-    shapes = {_module(component, name): shape for name, shape in info.shapes(component).items()}
-    lost = sorted(terms.keys() - shapes.keys())
-    pairs = {name: own[0][0] for name, own in terms.items()}
-    made_for = f"; the LoRA is made for {base_of(pairs)}" if base_of(pairs) else ""
-    if lost:
-        raise UserError(
-            f"{info.name}: {len(lost)} of {len(terms)} modules have no place in its {component}, such as "
-            f"{', '.join(lost[:3])}{made_for}"
-        )
-    for name, pair in pairs.items():
-        sides, shape = (pair.up.shape[0], pair.down[0].numel()), shapes[name]
-        if sides != (shape[0], math.prod(shape[1:])):
+def check_places(info: BaseInfo, modules: Mapping[str, LoraPair], label: str) -> None:
+    """Raises UserError unless every module of the LoRA `label` has a tensor of its size in a base."""
+    made_for = f"; the LoRA is made for {base_of(modules)}" if base_of(modules) else ""
+    for component in dict.fromkeys(map(component_of, modules)):
+        own = {name: pair for name, pair in modules.items() if component_of(name) == component}
+        shapes = {_module(component, name): shape for name, shape in info.shapes(component).items()}
+        if lost := sorted(own.keys() - shapes.keys()):
             raise UserError(
-                f"{info.name}: {name} does not fit: its weight is {[*shape]}, the LoRA's {[*sides]}{made_for}"
+                f"{info.name}: {len(lost)} of {len(own)} modules of {label} have no place in its "
+                f"{component}, such as {', '.join(lost[:3])}{made_for}"
             )
+        for name, pair in own.items():
+            sides, shape = (pair.up.shape[0], pair.down[0].numel()), shapes[name]
+            if sides != (shape[0], math.prod(shape[1:])):
+                raise UserError(
+                    f"{info.name}: {name} of {label} does not fit: the base has {[*shape]}, the LoRA "
+                    f"{[*sides]}{made_for}"
+                )
 
 
 def _module(component: Component, name: str) -> str:

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import narrow
 import pytest
 import torch
 from galleries import ONE_LEVEL, command_line, distance, levels, pictures_in, report_in
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 import generate
 import style_transfer
 from lorakit.ground.errors import UserError
+from lorakit.sampling.model_files import fingerprint
 from lorakit.sampling.recipe import CONFIG_CHUNK, FILES_CHUNK
+from lorakit.weights.base import weights_hash
 from lorakit.weights.tensors import file_payload_sha256
 
 
@@ -191,6 +194,15 @@ def test_a_picture_keeps_no_absolute_path_and_what_a1111_reads_is_right(run, els
     assert lines == ["a lake <lora:chalk:0.5> <lora:ink:1>"]
     assert (facts["Model"], facts["Seed"], facts["Sampler"]) == ("base, Seed: 9", "3", "Euler a")
     assert "Denoising strength" not in facts
+
+
+def test_a_base_in_one_file_is_known_by_all_of_it_and_a_lora_by_its_tensors(loras, tmp_path):
+    base = narrow.write_base(tmp_path, "file")
+    assert fingerprint(str(base)) == weights_hash(base) != file_payload_sha256(base)
+    ink = loras / "ink.safetensors"
+    assert fingerprint(str(ink)) == file_payload_sha256(ink) != weights_hash(ink)
+    (tmp_path / "cut.safetensors").write_bytes(ink.read_bytes()[:-9])
+    assert fingerprint(str(tmp_path / "cut.safetensors")) is None
 
 
 def test_what_stands_plain_is_no_mark_to_a1111(run):

@@ -293,3 +293,15 @@ def test_a_base_lora_of_another_base_or_with_magnitudes_is_refused(
             train_lora.main(settings(base_loras=entry, **base))
     with pytest.raises(UserError):
         train_lora.main(settings(base_loras=[{"path": str(tmp_path / "none.safetensors")}]))
+
+
+@pytest.mark.parametrize("key", ["init_lora", "base_loras"])
+def test_biases_are_refused_by_what_they_are_before_a_model_is_loaded(settings, tmp_path, key):
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0"
+    path = tmp_path / "biases.safetensors"
+    save_file({f"{name}.diff_b": torch.ones(64)}, path)
+    value = str(path) if key == "init_lora" else [{"path": str(path)}]
+    with pytest.raises(
+        UserError, match=r"biases.safetensors: changes 1 biases and norms, .* `mix_lora.py merge`"
+    ):
+        train_lora.main([*settings(**{key: value}), "--check"])
