@@ -166,7 +166,8 @@ def _is_hidden(path: Path, root: Path) -> bool:
 def check_places(info: BaseInfo, modules: Mapping[str, LoraPair], label: str) -> None:
     """Raises UserError unless every module of the LoRA `label` has a tensor of its size in a base."""
     made_for = f"; the LoRA is made for {base_of(modules)}" if base_of(modules) else ""
-    for component in dict.fromkeys(map(component_of, modules)):
+    parts: list[Component] = list(dict.fromkeys(component_of(name) for name in modules))
+    for component in parts:
         own = {name: pair for name, pair in modules.items() if component_of(name) == component}
         shapes = {_module(component, name): shape for name, shape in info.shapes(component).items()}
         if lost := sorted(own.keys() - shapes.keys()):
