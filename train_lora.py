@@ -29,6 +29,7 @@ from lorakit.training.plan import Plan, make_plan, missing_packages, result_path
 from lorakit.training.progress import Progress
 from lorakit.training.resume import check_base, find_start, run_record, validation_record
 from lorakit.training.verify import verify_resume
+from lorakit.weights.programs import file_read_by
 
 
 def train(
@@ -234,6 +235,7 @@ def main(argv: list[str]) -> int:
     if rank == 0:
         for path in paths:
             print(f"wrote       {path} ({path.stat().st_size / 1e6:.2f} MB); run folder {run}")
+            print(f"read by     {file_read_by(path)}")
     return 0
 
 
