@@ -117,6 +117,7 @@ def verdicts(figures: dict[str, Any]) -> list[Row]:
         high, low = control["f1_at_1"], control["f1_at_0"]
         rows.append(("5", "edge F1 at scale 1", high, 0.6, True))
         rows.append(("5", "edge F1, scale 1 less scale 0", high - low, 0.3, True))
+        rows.append(("5", "edge F1 of photographs at scale 1", control["f1_photographs_at_1"], 0.55, True))
         for name, value in control["prompts_at_1"].items():
             rows.append(("5", f"prompts at scale 1, {name}", value, 0.9, True))
     if speed := figures.get("speed"):

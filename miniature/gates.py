@@ -91,6 +91,15 @@ def photographs(size: int) -> tuple[Tensor, list[str]]:
     return to_tensor(images), captions
 
 
+def photograph_views(size: int) -> tuple[Tensor, list[str]]:
+    """Each of the pair whole and in quarters, (10, 3, size, size) in [-1, 1], and their captions."""
+    pictures, captions = photographs(2 * size)
+    halves = (slice(size), slice(size, None))
+    quarters = torch.cat([pictures[..., y, x] for y in halves for x in halves])
+    whole, _ = photographs(size)
+    return torch.cat([whole, quarters]), captions * 5
+
+
 @torch.no_grad()
 def inversion_psnr(base: Base, images: Tensor, captions: list[str], steps: int = 50) -> Tensor:
     """Of DDIM inversion and reconstruction at guidance 1, against the VAE round trip, dB (B,)."""
@@ -165,18 +174,34 @@ def controlled_samples(
 def control_figures(
     base: Base, controlnet: Any, judge_model: Classifier, count: int, guidance_scale: float, steps: int
 ) -> dict[str, Any]:
-    """Edge F1 between hint and output with and without the ControlNet; whether prompts are still obeyed."""
-    images, labels, captions = judged_renders(count, base.info.resolution, 3_000_000)
-    edges = [canny(_array(image)) for image in images]
-    hints = torch.from_numpy(np.stack([hint_picture(edge) for edge in edges]))
+    """Edge F1 between hint and output with and without the ControlNet; whether prompts are still obeyed.
+
+    Keys end in the scale: `f1_at_` and `prompts_at_` of renders, `f1_photographs_at_` of the demo's pair,
+    whole and in quarters.
+    """
+    options = {"guidance_scale": guidance_scale, "steps": steps}
+    size = base.info.resolution
+    images, labels, captions = judged_renders(count, size, 3_000_000)
+    views, view_captions = photograph_views(size)
     figures: dict[str, Any] = {}
     for scale in (1.0, 0.0):
-        outputs = controlled_samples(base, controlnet, captions, hints, scale, guidance_scale, steps)
-        found = [canny(_array(output)) for output in outputs]
-        scores = [edge_f1(edge, own) for edge, own in zip(edges, found, strict=True)]
-        figures[f"f1_at_{scale:g}"] = float(np.mean(scores))
+        outputs, score = followed(base, controlnet, images, captions, scale, **options)
+        figures[f"f1_at_{scale:g}"] = score
         figures[f"prompts_at_{scale:g}"] = accuracy(judge_model, outputs, labels)
+        _, score = followed(base, controlnet, views, view_captions, scale, **options)
+        figures[f"f1_photographs_at_{scale:g}"] = score
     return figures
+
+
+def followed(
+    base: Base, controlnet: Any, images: Tensor, captions: list[str], scale: float, **options: Any
+) -> tuple[Tensor, float]:
+    """Samples whose hints are edges of pictures (B, 3, H, W), and their own edges' mean F1 against these."""
+    edges = [canny(_array(image)) for image in images]
+    hints = torch.from_numpy(np.stack([hint_picture(edge) for edge in edges]))
+    outputs = controlled_samples(base, controlnet, captions, hints, scale, **options)
+    found = [canny(_array(output)) for output in outputs]
+    return outputs, float(np.mean([edge_f1(edge, own) for edge, own in zip(edges, found, strict=True)]))
 
 
 def _array(image: Tensor) -> np.ndarray:

@@ -61,6 +61,8 @@ class Base:
         quiet_libraries()
         self.device, self.dtype = torch.device(device), dtype
         self.info = info if info.known else fetch_base(info, prediction_type)
+        if self.info.is_large and self.device.type == "cpu":
+            _free_large_blocks()
         self.prediction_type = prediction_type or self.info.prediction_type
         self.clip_skip = clip_skip or 1
         self.merged = merged
@@ -186,6 +188,18 @@ def load_model(
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
     return tensor.to(dtype, copy=True, memory_format=layout)
+
+
+def _free_large_blocks() -> None:
+    """From now on blocks of 256 KB go back to the system as soon as they are freed (glibc).
+
+    By itself it puts off up to 32 MB each into a heap that only grows: 0.26 GB more in a step of SD 1.5.
+    """
+    mmap_threshold, trim_threshold, size = -3, -1, 256 << 10  # <malloc.h>
+    with suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, size)
+        library.mallopt(trim_threshold, size)
 
 
 def _return_memory() -> None:

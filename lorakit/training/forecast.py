@@ -20,8 +20,8 @@ from lorakit.weights.tokens import overlong
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
 LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
-RESNET_TENSORS = 10.0
-TRANSFORMER_TENSORS = 25.0
+RESNET_TENSORS, TRANSFORMER_TENSORS = 10.0, 25.0
+LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS = 6.0, 20.0  # of a large base, whose frozen layers keep less
 
 
 def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
@@ -64,12 +64,15 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
     channels, layers = unet["block_out_channels"], unet["layers_per_block"]
     levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
     elements = 0.0
+    of_resnet, of_transformer = RESNET_TENSORS, TRANSFORMER_TENSORS
+    if plan.base.is_large:
+        of_resnet, of_transformer = LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS
     for level, (count, down, up) in enumerate(levels):
         here = count * pixels / 4**level
         last = level == len(channels) - 1  # the middle block counts with it
         resnets = layers + (layers + 1) + 2 * last
         transformers = ("Cross" in down) * layers + ("Cross" in up) * (layers + 1) + last
-        elements += here * (RESNET_TENSORS * resnets + TRANSFORMER_TENSORS * transformers)
+        elements += here * (of_resnet * resnets + of_transformer * transformers)
     scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
     return int(elements * cfg.train_batch_size * (2 if half else 4) * scale)
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from lorakit.diffusion import lora
+from lorakit.diffusion.frozen import keep_less
 from lorakit.diffusion.models import Base, enable_xformers, set_up_backend
 from lorakit.ground.errors import UserError
 from lorakit.training.data import TrainingData
@@ -121,9 +122,13 @@ class Learner:
             groups.append({"params": text_params, "lr": text_rate})
             self.text_encoder.train()
         self.params = [p for group in groups for p in group["params"]]
+        if accelerator.mixed_precision != "no":
+            lora.leave_casts_to_autocast(self.unet, self.text_encoder)
         self.without_xformers = None  # why, where it was asked for
         if cfg.enable_xformers_memory_efficient_attention:
             self.without_xformers = enable_xformers(self.unet)
+        if base.info.is_large and not cfg.torch_compile:  # which keeps what is cheapest by itself
+            keep_less(self.unet)
         if cfg.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
