@@ -15,10 +15,8 @@ from torch.autograd import Function
 
 class _Convolve(Function):
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int
-    ) -> Tensor:
-        return nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        return nn.functional.conv2d(x, weight, bias, *geometry)  # stride, padding, dilation, groups
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
