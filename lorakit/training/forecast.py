@@ -10,13 +10,15 @@ from typing import Any
 
 from lorakit.ground.publish import existing_parent
 from lorakit.sampling.prompts import text_notes
+from lorakit.training.class_pictures import shows_class
+from lorakit.training.objective_config import prompts_of
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
-from lorakit.weights.tokens import overlong
+from lorakit.weights.tokens import overlong, unread_notes
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
 LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
@@ -71,7 +73,8 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
         transformers = ("Cross" in down) * layers + ("Cross" in up) * (layers + 1) + last
         elements += here * (RESNET_TENSORS * resnets + TRANSFORMER_TENSORS * transformers)
     scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
-    return int(elements * cfg.train_batch_size * (2 if half else 4) * scale)
+    rows = cfg.train_batch_size + (math.ceil(cfg.train_batch_size / cfg.prior.every) if cfg.prior else 0)
+    return int(elements * rows * (2 if half else 4) * scale)
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
@@ -133,6 +136,11 @@ def _picture_lines(cfg: Any, plan: Plan) -> Iterator[str]:
     buckets = Counter(plan.shapes)
     if len(buckets) > 1:
         yield "buckets     " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(buckets.items()))
+    if plan.class_table:
+        yield f"class       {len(plan.class_table.rows)} pictures from {cfg.prior.class_data_dir}"
+    elif shows_class(cfg):
+        prior = cfg.prior
+        yield f"class       {prior.class_images} pictures of {prior.class_prompt!r}, made by the base once"
     if plan.validation:
         yield f"validation  {len(plan.validation.rows)} from {cfg.validation_data_dir}"
 
@@ -186,5 +194,6 @@ def lost_tokens(cfg: Any, plan: Plan) -> list[str]:
     }
     found = list(reversed(by_line.values()))
     more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
+    own = unread_notes(plan.base, prompts_of(cfg))
     samples = [(prompt, "sample_prompts") for prompt in cfg.sample_prompts or ()]
-    return found[:20] + more + text_notes(samples, cfg.prompt_syntax, cfg.embedding_dirs, plan.base)
+    return found[:20] + more + own + text_notes(samples, cfg.prompt_syntax, cfg.embedding_dirs, plan.base)

@@ -16,6 +16,7 @@ from lorakit.ground.publish import existing_parent
 from lorakit.pictures.folder import Table, read_folder, read_rows
 from lorakit.pictures.views import Shape, View, assign_shapes, share_lost, views_of
 from lorakit.pictures.wording import with_repeats, with_wording
+from lorakit.training.class_pictures import given_pictures
 from lorakit.training.doubts import doubts
 from lorakit.training.order import holds_steps
 from lorakit.weights.base import BaseInfo, inspect_base
@@ -29,7 +30,8 @@ MUCH = 0.1  # of a picture, cropped
 class Plan:
     """`total_batch` samples per step, split over `world_size` processes and `accumulation` micro-batches.
 
-    `samples` is how many the run has where n_epochs ends it, else None.
+    `samples` is how many the run has where n_epochs ends it, else None; `class_table` the pictures of
+    prior.class_data_dir.
     """
 
     base: BaseInfo
@@ -37,6 +39,7 @@ class Plan:
     shapes: tuple[Shape, ...]
     validation: Table | None
     validation_shapes: tuple[Shape, ...]
+    class_table: Table | None
     resolution: int
     world_size: int
     accumulation: int
@@ -109,6 +112,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         shapes=shapes,
         validation=validation,
         validation_shapes=shapes_of(validation.rows) if validation else (),
+        class_table=given_pictures(cfg, base, **folder_options(cfg) | {"masks": False}),
         resolution=resolution,
         world_size=world_size,
         accumulation=accumulation,

@@ -1,7 +1,7 @@
 """Models and optimizer of a run: precision, the LoRA in the base, the learning rate."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from lorakit.diffusion import lora
 from lorakit.diffusion.models import Base, enable_xformers, set_up_backend
 from lorakit.ground.errors import UserError
+from lorakit.training.batch import Batch, SampleKey
 from lorakit.training.data import TrainingData
 from lorakit.training.objectives import Models, as_function
 from lorakit.training.plan import Plan
@@ -147,9 +148,20 @@ class Learner:
             with torch.no_grad(), self.accelerator.autocast(), lora.lora_disabled(self.unet):
                 return as_function(self.unet)(x_t, timesteps, prompt_embeds)
 
+        def frozen_embed(prompts: Sequence[str]) -> torch.Tensor:
+            with torch.no_grad(), self.accelerator.autocast(), lora.lora_disabled(self.text_encoder):
+                return data.embed(prompts, self.text_encoder)
+
+        def class_batch(keys: Sequence[SampleKey]) -> tuple[Batch, torch.Tensor]:
+            assert data.class_data is not None
+            batch = data.class_data.batch_of(keys)
+            return batch, batch.text_states(self.text_student)
+
         return Models(
             student=as_function(self.student),
             teacher=teacher,
             embed=lambda prompts: data.embed(prompts, self.text_student),
             schedule=self.base.noise_schedule(),
+            frozen_embed=frozen_embed,
+            class_batch=class_batch if data.class_data else None,
         )
