@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.ground.publish import existing_parent
 from lorakit.sampling.prompts import text_notes
 from lorakit.training.class_pictures import shows_class
-from lorakit.training.objective_config import prompts_of
+from lorakit.training.objective_config import kinds_of, prompts_of
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
 from lorakit.weights.base import BaseInfo
@@ -74,7 +74,8 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
         elements += here * (RESNET_TENSORS * resnets + TRANSFORMER_TENSORS * transformers)
     scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
     rows = cfg.train_batch_size + (math.ceil(cfg.train_batch_size / cfg.prior.every) if cfg.prior else 0)
-    return int(elements * rows * (2 if half else 4) * scale)
+    kept = 2 if any(kind.double_backward for kind in kinds_of(cfg)) else 1  # the first backward is kept too
+    return int(elements * rows * kept * (2 if half else 4) * scale)
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:

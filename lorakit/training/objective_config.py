@@ -42,6 +42,7 @@ KINDS = {
         beside="denoise",
         settings="prompts of what must stay, or pictures of the class",
     ),
+    "smooth": Kind("smooth.Smooth", double_backward=True),
 }
 if TYPE_CHECKING:
     ObjectiveName = str
