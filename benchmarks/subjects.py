@@ -4,9 +4,9 @@
     python benchmarks/subjects.py --ways plain prior --seeds 0 1 2
 
 Trains one photograph by train_lora.py and cfg/subject.json. `subject` is the mean PSNR of 8 samples of its
-caption to the photograph (DDIM 25, guidance 1.5); `others` that of 24 samples of other captions to those of the
-base with the same noise (DDIM 10, guidance 3), `obeyed` the share of them in which a classifier finds all that
-the caption says, and `sharpness` the deviation of their Laplacian. Prints a table and, last, one JSON line.
+caption to the photograph (DDIM 25, guidance 1.5); `others` that of 24 samples of other captions to those of
+the base with the same noise (DDIM 10, guidance 3), `obeyed` the share of them in which a classifier finds all
+that the caption says, `sharpness` the deviation of their Laplacian. Prints a table and, last, one JSON line.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from lorakit.training.class_pictures import shows_class
 from lorakit.training.objective_config import kinds_of, prompts_of
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
+from lorakit.training.words_config import encodes_text, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import text_layers
 from lorakit.weights.identity import base_identity
@@ -33,6 +34,8 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
     unet, text = TARGET_PRESETS["unet"], TARGET_PRESETS["text_encoder"]
     chosen: str | tuple[str, ...] = cfg.target_modules
     targets = {"unet": unet[chosen] if isinstance(chosen, str) else chosen}
+    if not trains_lora(cfg):
+        return 0
     if cfg.train_text_encoder:
         targets["text_encoder"] = text[chosen if isinstance(chosen, str) else "attention"]
     total, layers = 0, text_layers(base, cfg.clip_skip)
@@ -49,7 +52,8 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
 def checkpoint_bytes(cfg: Any, base: BaseInfo) -> int:
     """Bytes of one checkpoint: float32 weights, two moments, and where losses are validated the best LoRA."""
     copies = 3 if cfg.validation_steps == 0 else 4
-    return copies * 4 * (lora_parameters(cfg, base) or 50_000_000)
+    count = lora_parameters(cfg, base)
+    return copies * 4 * (50_000_000 if count is None else count)
 
 
 def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
@@ -80,7 +84,7 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
     """Bytes on the training device by part; weights' files that are read beside it are not among them."""
-    parts = ("unet", "text_encoder") if cfg.train_text_encoder else ("unet",)
+    parts = ("unet", "text_encoder") if encodes_text(cfg) else ("unet",)
     frozen = sum(plan.base.parameters.get(part, 0) for part in parts)
     return {
         "frozen base": frozen * (2 if half else 4),
@@ -109,8 +113,11 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
         hits = sum(view.entry(plan.cache_dir, vae_hash).exists() for view in views)
         lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}")
     count = lora_parameters(cfg, base)
-    size = f"{count:,} parameters" if count else "size not known before the base is here"
-    lines.append(f"LoRA        rank {cfg.rank}, {size}")
+    size = "size not known before the base is here" if count is None else f"{count:,} parameters"
+    lines.append(f"LoRA        rank {cfg.rank}, {size}" if trains_lora(cfg) else "LoRA        none")
+    for word, path in word_paths(cfg).items():
+        start = cfg.textual_inversion.words[word]
+        lines.append(f"word        {word}, {cfg.textual_inversion.vectors} vector(s) from {start!r}: {path}")
     if base.known:
         choices = {"no": (False,), "auto": (False, True)}.get(cfg.mixed_precision, (True,))
         for half in choices:

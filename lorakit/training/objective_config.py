@@ -21,6 +21,7 @@ class Kind:
     double_backward differentiates by the noise: attention without fused kernels, no fp16, no torch_compile
     prompts         text states that it needs besides the captions', from the whole config
     beside          goes with this objective, for alone it has nothing to learn
+    among           goes alone, or with this objective among the others
     settings        what its settings must say, where it cannot do without them
     """
 
@@ -30,6 +31,7 @@ class Kind:
     double_backward: bool = False
     prompts: Callable[[Any], tuple[str, ...]] | None = None
     beside: str | None = None
+    among: str | None = None
     settings: str | None = None
 
 
@@ -42,7 +44,10 @@ KINDS = {
         beside="denoise",
         settings="prompts of what must stay, or pictures of the class",
     ),
-    "smooth": Kind("smooth.Smooth", double_backward=True),
+    "smooth": Kind("smooth.Smooth", double_backward=True, among="denoise"),
+    "textual_inversion": Kind(
+        "textual_inversion.TextualInversion", among="denoise", settings="the words to learn"
+    ),
 }
 if TYPE_CHECKING:
     ObjectiveName = str
@@ -83,6 +88,8 @@ def check_objectives(cfg: Any) -> None:
             raise ValueError(
                 f'objective: "{name}" has nothing to learn by itself; write ["{kind.beside}", "{name}"]'
             )
+        if kind.among and len(names) > 1 and kind.among not in names:
+            raise ValueError(f'objective: "{name}" goes alone, or with "{kind.among}" among the others')
         if kind.settings and getattr(cfg, name) is None:
             raise ValueError(f'objective, {name}: "{name}" needs {kind.settings}; set {name}')
         clashes = {

@@ -19,6 +19,7 @@ from lorakit.pictures.wording import with_repeats, with_wording
 from lorakit.training.class_pictures import given_pictures
 from lorakit.training.doubts import doubts
 from lorakit.training.order import holds_steps
+from lorakit.training.words_config import check_words, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip
 
@@ -84,6 +85,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
     if resolution % base.vae_factor:
         raise UserError(f"resolution {resolution}: must divide by the base's VAE factor, {base.vae_factor}")
     table = read_table(cfg)
+    check_words(cfg, base, table)
     validation = None
     if cfg.validation_data_dir:
         validation = _worded(cfg, read_folder(Path(cfg.validation_data_dir), **folder_options(cfg)))
@@ -149,7 +151,9 @@ def _cache_dir(cfg: Any) -> Path:
 
 
 def result_paths(cfg: Any) -> dict[Path, Any]:
-    """The LoRA files that a run writes, and the layout of each."""
+    """The LoRA files that a run writes, and the layout of each; none where words alone are learnt."""
+    if not trains_lora(cfg):
+        return {}
     final = Path(cfg.output_dir) / f"{cfg.ckpt_name}.safetensors"
     if cfg.save_format != "both":
         return {final: cfg.save_format}
@@ -163,7 +167,7 @@ def _check_names(cfg: Any) -> None:
     run, cache_dir = Path(cfg.output_dir) / cfg.ckpt_name, _cache_dir(cfg)
     if (run / "model_index.json").exists() or run.absolute() == cache_dir.absolute():
         raise UserError(f"ckpt_name: {run} is a base model's folder or the cache; choose another name")
-    for path in result_paths(cfg):
+    for path in (*result_paths(cfg), *word_paths(cfg).values()):
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise UserError(f"ckpt_name: {path.name[:40]}… is longer than {LONGEST_NAME} bytes; shorten it")
         if path.is_dir():

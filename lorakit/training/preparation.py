@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from lorakit.diffusion.models import Base
+from lorakit.diffusion.words import start_vectors
 from lorakit.ground.randomness import derive_seed
 from lorakit.pictures.folder import Table
 from lorakit.pictures.views import views_of
@@ -28,6 +29,7 @@ from lorakit.training.objective_config import prompts_of
 from lorakit.training.plan import Plan, Views, training_views, validation_views
 from lorakit.training.resume import base_loras_record
 from lorakit.training.watch import Embed, Embeds, SampleSheet
+from lorakit.training.words_config import encodes_text
 from lorakit.weights.identity import base_identity
 
 
@@ -44,7 +46,10 @@ def prepare(
     Every process encodes its share of the pictures. `between` is called after each. The U-Net is not touched
     but to make pictures of a class, and what steps do not need is dropped.
     """
-    text_encoder = base.text_encoder if cfg.train_text_encoder else None
+    if cfg.textual_inversion is not None:
+        settings = cfg.textual_inversion
+        base.learn_words(start_vectors(base.tokenizer, base.text_encoder, settings.words, settings.vectors))
+    text_encoder = base.text_encoder if encodes_text(cfg) else None
     prompts = cfg.sample_prompts or tuple(dict.fromkeys(row.caption for row in plan.table.rows))[:2]
     common = (cfg, plan, base, accelerator, between)
     views = training_views(cfg, plan)
@@ -68,7 +73,7 @@ def prepare(
         steps=cfg.sample_inference_steps,
         guidance_scale=cfg.sample_guidance_scale,
     )
-    base.drop("vae", *([] if cfg.train_text_encoder else ["text_encoder"]))
+    base.drop("vae", *([] if encodes_text(cfg) else ["text_encoder"]))
     return data, validation, sheet
 
 
@@ -125,7 +130,7 @@ def _cached(
     )
     on_device, in_memory = _budget(base.device)
     states, ids = None, None
-    if cfg.train_text_encoder:
+    if encodes_text(cfg):
         ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
     else:
         size = len(prompts) * base.info.max_tokens * base.info.cross_attention_dim * 4

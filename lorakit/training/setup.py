@@ -15,6 +15,7 @@ from lorakit.training.batch import Batch, SampleKey
 from lorakit.training.data import TrainingData
 from lorakit.training.objectives import Models, as_function
 from lorakit.training.plan import Plan
+from lorakit.training.words_config import encodes_text, trains_lora
 
 
 def resolve_precision(mixed_precision: str) -> str:
@@ -106,20 +107,27 @@ def start_processes(cfg: Any, plan: Plan, trackers: list[Any]) -> Accelerator:
 class Learner:
     """The base with the LoRA in it, wrapped as the run needs it, and its optimizer.
 
-    unet, text_encoder       the live models; text_encoder is None unless it is trained
+    unet, text_encoder       the live models; text_encoder is None unless it is trained, or words are
     student, text_student    the same, wrapped for several processes, mixed precision and torch.compile
     params                   what is trained, one list: optimized, clipped and counted
     """
 
     def __init__(self, cfg: Any, base: Base, accelerator: Accelerator, steps: int):
         self.base, self.accelerator = base, accelerator
-        self.unet, self.text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
-        params = lora.add_lora(self.unet, **adapter_options(cfg, "unet"))
-        groups = [{"params": params, "lr": cfg.learning_rate}]
-        if self.text_encoder is not None:
+        self.unet, self.text_encoder = base.unet, base.text_encoder if encodes_text(cfg) else None
+        groups: list[dict[str, Any]] = []
+        if trains_lora(cfg):
+            params = lora.add_lora(self.unet, **adapter_options(cfg, "unet"))
+            groups.append({"params": params, "lr": cfg.learning_rate})
+        if cfg.train_text_encoder:
             text_params = lora.add_lora(self.text_encoder, **adapter_options(cfg, "text_encoder"))
             text_rate = cfg.text_encoder_learning_rate or cfg.learning_rate
             groups.append({"params": text_params, "lr": text_rate})
+        self.words = base.words
+        if self.words is not None:  # decay would move a word that no caption of a step has
+            vectors, rate = self.words.rows.vectors.requires_grad_(True), cfg.textual_inversion.learning_rate
+            groups.append({"params": [vectors], "lr": rate, "weight_decay": 0.0})
+        if self.text_encoder is not None:
             self.text_encoder.train()
         self.params = [p for group in groups for p in group["params"]]
         self.without_xformers = None  # why, where it was asked for

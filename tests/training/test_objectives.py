@@ -248,6 +248,7 @@ def config_of(tmp_path, **settings):
 # What an objective that does not go by itself is made with.
 BESIDE: dict[str, dict[str, str]] = {
     "prior": {"objective": '["denoise","prior"]', "prior.prompts": '["a lake"]'},
+    "textual_inversion": {"textual_inversion.words": '{"<alps>": "hill"}'},
 }
 
 
