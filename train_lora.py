@@ -29,6 +29,7 @@ from lorakit.training.plan import Plan, make_plan, missing_packages, result_path
 from lorakit.training.progress import Progress
 from lorakit.training.resume import check_base, find_start, run_record, validation_record
 from lorakit.training.verify import verify_resume
+from lorakit.training.words_config import word_paths
 
 
 def train(
@@ -160,7 +161,7 @@ def train(
                 loss = validation_loss(validation, objective, models, unet, text_encoder, cfg, accelerator)
                 metrics.write({"step": done, "validation_loss": loss})
                 if progress.judge(loss):
-                    progress.best = saving.live_modules(unet, text_encoder)
+                    progress.best = saving.live(learner)
                     if main:
                         saving.write_best(run, cfg, plan, progress)
                 best_loss = math.nan if progress.best_loss is None else progress.best_loss
@@ -219,7 +220,7 @@ def main(argv: list[str]) -> int:
     check_writable(run.parent, 3 * checkpoint_bytes(cfg, plan.base))
     with lock_run(run) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            results = [*result_paths(cfg)]
+            results = [*result_paths(cfg), *word_paths(cfg).values()]
             claim_run(run, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite, results=results)
         resume, told = find_start(cfg, plan, run, owner=rank == 0)
         if rank == 0:

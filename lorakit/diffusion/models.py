@@ -20,6 +20,7 @@ from torch import Tensor
 from lorakit.diffusion.merged import Merged, merge_into
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.diffusion.text import end_at
+from lorakit.diffusion.words import Words, add_words
 from lorakit.pictures.images import from_array
 from lorakit.weights.base import BaseInfo, fetch_base
 from lorakit.weights.part_files import BaseError, Places, read_places
@@ -66,6 +67,11 @@ class Base:
         self.prediction_type = prediction_type or self.info.prediction_type
         self.clip_skip = clip_skip or 1
         self.merged = merged
+        self.words: Words | None = None
+
+    def learn_words(self, vectors: Mapping[str, Tensor]) -> None:
+        """Words that tokenizer and text encoder know from here on, by what stands for them, (n, D) each."""
+        self.words = add_words(self.tokenizer, self.text_encoder, vectors)
 
     @cached_property
     def unet(self):
@@ -147,6 +153,8 @@ class Base:
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids (B, L) on the device, padded and cut to the tokenizer's own length."""
+        if self.words is not None:
+            prompts = [self.words.spell(prompt) for prompt in prompts]
         tokens = self.tokenizer(
             prompts,
             padding="max_length",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorakit.training.prior_config import prior_prompts
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -18,6 +20,9 @@ class Kind:
     teacher         evaluates the U-Net without its LoRA
     double_backward differentiates by the noise: attention without fused kernels, no fp16, no torch_compile
     prompts         text states that it needs besides the captions', from the whole config
+    beside          goes with this objective, for alone it has nothing to learn
+    among           goes alone, or with this objective among the others
+    settings        what its settings must say, where it cannot do without them
     """
 
     term: str
@@ -25,10 +30,24 @@ class Kind:
     teacher: bool = False
     double_backward: bool = False
     prompts: Callable[[Any], tuple[str, ...]] | None = None
+    beside: str | None = None
+    among: str | None = None
+    settings: str | None = None
 
 
 KINDS = {
     "denoise": Kind("denoise.Denoise"),
+    "prior": Kind(
+        "prior.Prior",
+        teacher=True,
+        prompts=prior_prompts,
+        beside="denoise",
+        settings="prompts of what must stay, or pictures of the class",
+    ),
+    "smooth": Kind("smooth.Smooth", double_backward=True, among="denoise"),
+    "textual_inversion": Kind(
+        "textual_inversion.TextualInversion", among="denoise", settings="the words to learn"
+    ),
 }
 if TYPE_CHECKING:
     ObjectiveName = str
@@ -65,6 +84,14 @@ def check_objectives(cfg: Any) -> None:
             raise ValueError(
                 f'objective: "{name}" draws its own noisy latents and goes with no other ({others})'
             )
+        if kind.beside and kind.beside not in names:
+            raise ValueError(
+                f'objective: "{name}" has nothing to learn by itself; write ["{kind.beside}", "{name}"]'
+            )
+        if kind.among and len(names) > 1 and kind.among not in names:
+            raise ValueError(f'objective: "{name}" goes alone, or with "{kind.among}" among the others')
+        if kind.settings and getattr(cfg, name) is None:
+            raise ValueError(f'objective, {name}: "{name}" needs {kind.settings}; set {name}')
         clashes = {
             "torch_compile": cfg.torch_compile,
             "enable_xformers_memory_efficient_attention": cfg.enable_xformers_memory_efficient_attention,

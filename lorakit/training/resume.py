@@ -9,7 +9,9 @@ from typing import Any
 from lorakit.ground.checkpoints import find_resume
 from lorakit.ground.errors import UserError
 from lorakit.ground.runs import set_aside_after
+from lorakit.training.class_pictures import class_record
 from lorakit.training.config import APPLIED, FIXED
+from lorakit.training.objective_config import prompts_of
 from lorakit.training.plan import Plan
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.identity import base_record, changes
@@ -39,6 +41,8 @@ def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
         "base": base_record(plan.base),
         "dataset": plan.table.fingerprint,
         "base_loras": base_loras_record(cfg),
+        "prompts": list(prompts_of(cfg)),
+        "class_pictures": class_record(cfg, plan.resolution, plan.class_table),
         "resolution": plan.resolution,
         "total_batch": plan.total_batch,
         "validation": validation_record(cfg, plan),
@@ -115,6 +119,10 @@ def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
         lines.append(f"samples per step: {state['total_batch']} -> {plan.total_batch} (set total_batch_size)")
     if state.get("base_loras", []) != base_loras_record(cfg):
         lines.append("base_loras: other files or weights")
+    if state.get("prompts", []) != list(prompts_of(cfg)):
+        lines.append("prompts of the objectives: others")
+    if state.get("class_pictures") != class_record(cfg, plan.resolution, plan.class_table):
+        lines.append("pictures of the class: others")
     if plan.base.known and state["resolution"] != plan.resolution:
         lines.append(f"resolution: {state['resolution']} -> {plan.resolution}")
     if lines:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorakit.diffusion.lora import lora_disabled
 from lorakit.diffusion.models import Base, evaluating
+from lorakit.diffusion.words import words_at_start
 from lorakit.ground.publish import publish_file
 from lorakit.ground.runs import MetricsFile
 from lorakit.pictures.images import load_image, save_png
@@ -159,7 +160,7 @@ class SampleSheet:
         try:
             self._forget_others()
             if not self._files(0):
-                with lora_disabled(self.base.unet, self.text_encoder):
+                with lora_disabled(self.base.unet, self.text_encoder), words_at_start(self.base.words):
                     self._sample(0)
             self._sample(step)
             self._draw_sheet()
