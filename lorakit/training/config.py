@@ -8,6 +8,7 @@ from lorakit.ground.config import Config
 from lorakit.pictures.caption_rules import CaptionLines, MissingCaptions
 from lorakit.pictures.masks import MaskKind
 from lorakit.sampling.config import PromptSyntax
+from lorakit.training.lcm_config import LcmSettings
 from lorakit.training.objective_config import ObjectiveName, check_objectives, names_of
 from lorakit.weights.base_settings import BaseConfig, ClipSkip, PredictionType
 
@@ -90,6 +91,7 @@ class TrainConfig(Config):
     text_encoder_learning_rate: float | None = Field(None, gt=0, description="null: learning_rate")
 
     objective: ObjectiveName | tuple[ObjectiveName, ...] = Field("denoise", description="what the LoRA learns; a list: several at once, in one pass")
+    lcm: LcmSettings | None = Field(None, description="of the objective lcm, sampling in few steps: guidance_scale, solver_steps, huber, num_inference_steps, teacher_loras")
     noise_offset: float = Field(0.0, ge=0, description="constant per channel added to the noise, for very dark or bright pictures; biases exact reconstruction")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (Hang et al. 2023), 5 in the paper; null: off")
 

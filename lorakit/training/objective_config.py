@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorakit.training.lcm_config import lcm_sampler
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -18,6 +20,9 @@ class Kind:
     teacher         evaluates the U-Net without its LoRA
     double_backward differentiates by the noise: attention without fused kernels, no fp16, no torch_compile
     prompts         text states that it needs besides the captions', from the whole config
+    sampler         what its LoRAs are sampled with, from the whole config, if not as the base is
+    anneals         needs a learning rate that ends near 0
+    excludes        keys that must not be set beside it, and why
     """
 
     term: str
@@ -25,10 +30,26 @@ class Kind:
     teacher: bool = False
     double_backward: bool = False
     prompts: Callable[[Any], tuple[str, ...]] | None = None
+    sampler: Callable[[Any], dict[str, Any]] | None = None
+    anneals: bool = False
+    excludes: tuple[tuple[str, str], ...] = ()
 
 
 KINDS = {
     "denoise": Kind("denoise.Denoise"),
+    "lcm": Kind(
+        "lcm.Lcm",
+        alone=True,
+        teacher=True,
+        prompts=lambda cfg: ("",),
+        sampler=lcm_sampler,
+        anneals=True,
+        excludes=(
+            ("snr_gamma", "weights the loss of denoise"),
+            ("noise_offset", "makes noise that no sampler begins with"),
+            ("train_text_encoder", "would part the student's text from the teacher's"),
+        ),
+    ),
 }
 if TYPE_CHECKING:
     ObjectiveName = str
@@ -50,6 +71,11 @@ def prompts_of(cfg: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def sampler_of(cfg: Any) -> dict[str, Any] | None:
+    """Scheduler, num_inference_steps and guidance_scale of what is trained; None: those of the base."""
+    return next((kind.sampler(cfg) for kind in kinds_of(cfg) if kind.sampler), None)
+
+
 def check_objectives(cfg: Any) -> None:
     """Refuse objectives that cannot be trained together or with these settings.
 
@@ -65,6 +91,9 @@ def check_objectives(cfg: Any) -> None:
             raise ValueError(
                 f'objective: "{name}" draws its own noisy latents and goes with no other ({others})'
             )
+        for key, reason in kind.excludes:
+            if getattr(cfg, key):
+                raise ValueError(f'objective, {key}: {key} {reason}, and does not go with "{name}"')
         clashes = {
             "torch_compile": cfg.torch_compile,
             "enable_xformers_memory_efficient_attention": cfg.enable_xformers_memory_efficient_attention,
