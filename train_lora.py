@@ -25,6 +25,7 @@ from lorakit.ground.publish import check_writable, publish_file
 from lorakit.ground.runs import claim_run, lock_run
 from lorakit.training.config import TrainConfig
 from lorakit.training.forecast import checkpoint_bytes, describe_plan, lost_tokens
+from lorakit.training.lcm_config import teacher_loras
 from lorakit.training.plan import Plan, make_plan, missing_packages, result_paths
 from lorakit.training.progress import Progress
 from lorakit.training.resume import check_base, find_start, run_record, validation_record
@@ -200,7 +201,7 @@ def main(argv: list[str]) -> int:
         default_config="cfg/mountain.json",
     )
     cfg, told = command.config, []
-    if cfg.init_lora or cfg.base_loras:
+    if cfg.init_lora or cfg.base_loras or teacher_loras(cfg):
         from lorakit.training.start import settled
 
         cfg, told = settled(cfg)

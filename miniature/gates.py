@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorakit.diffusion.inversion import invert, sample
 from lorakit.diffusion.lora import load_lora
+from lorakit.diffusion.metrics import EncoderDistance
 from lorakit.diffusion.models import Base
 from lorakit.ground.randomness import normal
 from lorakit.pictures.edges import canny, edge_f1, hint_picture
@@ -23,7 +25,7 @@ from miniature.autoencoder import HELD_OUT_PHOTOGRAPHS, held_out_pictures, judge
 from miniature.classifier import HEADS, Classifier, accuracy, frechet_distance, labels_of
 from miniature.control import steering
 from miniature.diffusion import decode, sample_latents
-from miniature.judging import Parts, embed, sample_pictures
+from miniature.judging import Parts, embed, sample_pictures, sharpness, texture, texture_distance
 from miniature.landscapes import BASE_STYLES, render
 from miniature.pictures import judging_scene
 
@@ -58,7 +60,9 @@ def text_figures(
 ) -> dict[str, Any]:
     """Accuracy of samples by attribute (known and held-out combinations, no prompts), and fidelity.
 
-    `frechet` compares samples with renders of the same captions, `frechet_renders` those with other renders.
+    `frechet` compares samples with renders of the same captions, `frechet_renders` those with other renders;
+    `texture` likewise, over that of those renders, and `sharpness` as a share of theirs. `*_blurred` are of
+    the samples after a blur that prompts survive.
     """
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
     known, labels, captions = judged_renders(counts[0], size, 0)
@@ -69,6 +73,10 @@ def text_figures(
         parts_of(base), [""] * len(rare_captions), range(len(rare_captions)), steps=steps, guidance_scale=1.0
     )
     others, other_labels, _ = judged_renders(counts[0], size, 1_000_000)
+    blurred = F.interpolate(F.avg_pool2d(samples, 2), scale_factor=2, mode="bilinear")
+    distance = EncoderDistance(base)
+    true = texture(distance, known)
+    unit = texture_distance(texture(distance, others), true)
     return {
         "classifier": accuracy(judge_model, torch.cat([known, others]), torch.cat([labels, other_labels])),
         "known": accuracy(judge_model, samples, labels),
@@ -77,6 +85,11 @@ def text_figures(
         "chance": {name: 1 / len(known) for name, known in HEADS.items()},
         "frechet": frechet_distance(judge_model, samples, known),
         "frechet_renders": frechet_distance(judge_model, others, known),
+        "texture": texture_distance(texture(distance, samples), true) / unit,
+        "texture_blurred": texture_distance(texture(distance, blurred), true) / unit,
+        "sharpness": sharpness(samples) / sharpness(known),
+        "sharpness_blurred": sharpness(blurred) / sharpness(known),
+        "known_blurred": accuracy(judge_model, blurred, labels),
     }
 
 

@@ -1,4 +1,4 @@
-"""Layers of a frozen base that keep less for the backward pass, to the same bits.
+"""Frozen layers and LoRAs that keep less for the backward pass, to the same bits.
 
 autograd keeps a convolution's input for the gradient of its weight, which nobody asks for here, and both
 factors of a gated unit beside what they are made of: a quarter of what a step of SD 1.5 keeps. A function of
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -73,3 +74,15 @@ def keep_less(model: nn.Module) -> None:
         frozen = not any(p.requires_grad for p in layer.parameters(recurse=False))
         if type(layer) in lean and frozen and getattr(layer, "padding_mode", "zeros") == "zeros":
             layer.__class__ = lean[type(layer)]
+
+
+def leave_casts_to_autocast(*models: Any) -> None:
+    """LoRAs take their input as it is: PEFT makes float32 of it, and autocast half precision again.
+
+    The values are the same. What is kept for the backward pass is a tenth less, since query, key and value
+    then share their input. A DoRA keeps the cast: it takes norms in the dtype of its input.
+    """
+    for model in models:
+        for layer in model.modules() if model is not None else ():
+            if isinstance(layer, LoraLayer) and not any(layer.use_dora.values()):
+                layer.cast_input_dtype_enabled = False

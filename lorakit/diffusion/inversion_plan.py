@@ -92,6 +92,11 @@ def make_inversion_plan(cfg: InvertConfig) -> InversionPlan:
     own = image_size(cfg.image)
     notes = [*base.notes, *clip_skip_notes(cfg.clip_skip, [cfg.lora] if cfg.lora else [])]
     if cfg.lora and (found := few_steps(cfg.lora)):
+        if found.is_told:
+            raise UserError(
+                f"{cfg.lora}: is a LoRA for sampling in few steps ({found.text}), under which a picture "
+                "has no DDIM path to its noise; set lora to null, or name one that was fitted to the picture"
+            )
         notes.append(
             f"{cfg.lora}: looks like a LoRA for sampling in few steps ({found.word!r} in {found.text!r}), "
             "under which a picture has no DDIM path to its noise"

@@ -74,18 +74,6 @@ def add_lora(
     return parameters
 
 
-def leave_casts_to_autocast(*models: Any) -> None:
-    """LoRAs take their input as it is: PEFT makes float32 of it, and autocast half precision again.
-
-    The values are the same. What is kept for the backward pass is a tenth less, since query, key and value
-    then share their input. A DoRA keeps the cast: it takes norms in the dtype of its input.
-    """
-    for model in models:
-        for layer in model.modules() if model is not None else ():
-            if isinstance(layer, LoraLayer) and not any(layer.use_dora.values()):
-                layer.cast_input_dtype_enabled = False
-
-
 def _refuse_orthogonal(model: Any, names: Sequence[str], rank: int) -> None:
     layers = _layers(model).items()
     convolutions = [name for name, layer in layers if name in names and layer.weight.ndim == 4]
@@ -145,6 +133,24 @@ def lora_disabled(*models: Any) -> Iterator[None]:
     finally:
         for layer, disabled in before:
             layer._disable_adapters = disabled
+
+
+@contextmanager
+def only_adapters(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """The model with these LoRAs alone, without any for none; afterwards every layer is as it was."""
+    if not names:
+        with lora_disabled(model):
+            yield
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = [(layer, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:  # set_adapter() would also turn requires_grad on and off
+            layer._active_adapter = [*names]
+        yield
+    finally:
+        for layer, active in before:
+            layer._active_adapter = active
 
 
 # ---- inference ----

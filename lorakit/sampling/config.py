@@ -21,6 +21,7 @@ from lorakit.weights.base_settings import (
     clip_skip_notes,
 )
 from lorakit.weights.few_steps import few_steps
+from lorakit.weights.lora_metadata import HINTS_KEY
 from lorakit.weights.tensors import read_header
 
 PromptSyntax = Annotated[
@@ -42,8 +43,6 @@ A1111_SAMPLERS = {
     "lcm": "LCM",
 }
 """Our name of a sampler -> A1111's."""
-HINTS_KEY = "lorakit.sampling"
-"""The key of a LoRA's metadata that holds the sampler it was trained for, as JSON."""
 HINTED = ("scheduler", "num_inference_steps", "guidance_scale")
 FALLBACK: dict[str, Any] = {"scheduler": "ddim", "num_inference_steps": 25, "guidance_scale": 7.5}
 LCM_STEPS = 50

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorakit.training.lcm_config import lcm_sampler
 from lorakit.training.prior_config import prior_prompts
 
 
@@ -23,6 +24,9 @@ class Kind:
     beside          goes with this objective, for alone it has nothing to learn
     among           goes alone, or with this objective among the others
     settings        what its settings must say, where it cannot do without them
+    sampler         what its LoRAs are sampled with, from the whole config, if not as the base is
+    anneals         needs a learning rate that ends near 0
+    excludes        keys that must not be set beside it, and why
     """
 
     term: str
@@ -33,6 +37,9 @@ class Kind:
     beside: str | None = None
     among: str | None = None
     settings: str | None = None
+    sampler: Callable[[Any], dict[str, Any]] | None = None
+    anneals: bool = False
+    excludes: tuple[tuple[str, str], ...] = ()
 
 
 KINDS = {
@@ -47,6 +54,19 @@ KINDS = {
     "smooth": Kind("smooth.Smooth", double_backward=True, among="denoise"),
     "textual_inversion": Kind(
         "textual_inversion.TextualInversion", among="denoise", settings="the words to learn"
+    ),
+    "lcm": Kind(
+        "lcm.Lcm",
+        alone=True,
+        teacher=True,
+        prompts=lambda cfg: ("",),
+        sampler=lcm_sampler,
+        anneals=True,
+        excludes=(
+            ("snr_gamma", "weights the loss of denoise"),
+            ("noise_offset", "makes noise that no sampler begins with"),
+            ("train_text_encoder", "would part the student's text from the teacher's"),
+        ),
     ),
 }
 if TYPE_CHECKING:
@@ -67,6 +87,11 @@ def prompts_of(cfg: Any) -> tuple[str, ...]:
     """Prompts of the objectives, whose text states are cached beside those of the captions."""
     found = [prompt for kind in kinds_of(cfg) if kind.prompts for prompt in kind.prompts(cfg)]
     return tuple(dict.fromkeys(found))
+
+
+def sampler_of(cfg: Any) -> dict[str, Any] | None:
+    """Scheduler, num_inference_steps and guidance_scale of what is trained; None: those of the base."""
+    return next((kind.sampler(cfg) for kind in kinds_of(cfg) if kind.sampler), None)
 
 
 def check_objectives(cfg: Any) -> None:
@@ -92,6 +117,9 @@ def check_objectives(cfg: Any) -> None:
             raise ValueError(f'objective: "{name}" goes alone, or with "{kind.among}" among the others')
         if kind.settings and getattr(cfg, name) is None:
             raise ValueError(f'objective, {name}: "{name}" needs {kind.settings}; set {name}')
+        for key, reason in kind.excludes:
+            if getattr(cfg, key):
+                raise ValueError(f'objective, {key}: {key} {reason}, and does not go with "{name}"')
         clashes = {
             "torch_compile": cfg.torch_compile,
             "enable_xformers_memory_efficient_attention": cfg.enable_xformers_memory_efficient_attention,

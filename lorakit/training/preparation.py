@@ -25,7 +25,7 @@ from lorakit.training.data import (
     encode_views,
     missing_views,
 )
-from lorakit.training.objective_config import prompts_of
+from lorakit.training.objective_config import prompts_of, sampler_of
 from lorakit.training.plan import Plan, Views, training_views, validation_views
 from lorakit.training.resume import base_loras_record
 from lorakit.training.watch import Embed, Embeds, SampleSheet
@@ -68,6 +68,7 @@ def prepare(
         prompts,
         embed,
         cfg.prompt_syntax,
+        sampler_of(cfg),
         seeds=cfg.sample_seeds,
         shape=plan.shapes[0] if len(set(plan.shapes)) == 1 else (plan.resolution, plan.resolution),
         steps=cfg.sample_inference_steps,

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lorakit.weights.lora_file import LoraPair
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Modules = dict[str, LoraPair]
 
@@ -16,7 +17,7 @@ class Trained:
     """A LoRA by kohya name, and what new words stand for, (n, D) each; one of the two may be empty."""
 
     modules: Modules
-    words: dict[str, Tensor]
+    words: "dict[str, Tensor]"
 
 
 @dataclass

@@ -16,6 +16,7 @@ from lorakit.ground.checkpoints import publish_checkpoint
 from lorakit.ground.errors import DivergedError, OutputError
 from lorakit.ground.publish import publish_file
 from lorakit.training.lora_check import verify_file, verify_in_diffusers
+from lorakit.training.objective_config import sampler_of
 from lorakit.training.plan import Plan, result_paths
 from lorakit.training.progress import Modules, Progress, Trained
 from lorakit.training.resume import STATE_VERSION, read_state
@@ -154,6 +155,7 @@ def write_lora(
         steps=step,
         epochs=step * plan.total_batch // pictures,
         num_images=pictures,
+        sampler=sampler_of(cfg),
     )
     if cfg.trigger_word:
         metadata["modelspec.trigger_phrase"] = cfg.trigger_word

@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from lorakit.diffusion import lora
-from lorakit.diffusion.frozen import keep_less
+from lorakit.diffusion.frozen import keep_less, leave_casts_to_autocast
 from lorakit.diffusion.models import Base, enable_xformers, set_up_backend
 from lorakit.ground.errors import UserError
 from lorakit.training.batch import Batch, SampleKey
 from lorakit.training.data import TrainingData
+from lorakit.training.lcm_config import teacher_loras
 from lorakit.training.objectives import Models, as_function
 from lorakit.training.plan import Plan
 from lorakit.training.words_config import encodes_text, trains_lora
@@ -110,12 +111,16 @@ class Learner:
 
     unet, text_encoder       the live models; text_encoder is None unless it is trained, or words are
     student, text_student    the same, wrapped for several processes, mixed precision and torch.compile
+    teacher_adapters         the LoRAs of the teacher, which take no part but there
     params                   what is trained, one list: optimized, clipped and counted
     """
 
     def __init__(self, cfg: Any, base: Base, accelerator: Accelerator, steps: int):
         self.base, self.accelerator = base, accelerator
         self.unet, self.text_encoder = base.unet, base.text_encoder if encodes_text(cfg) else None
+        for number, entry in enumerate(teacher_loras(cfg)):
+            lora.load_lora(entry.path, self.unet, adapter_name=f"teacher_{number}", weight=entry.weight)
+        self.teacher_adapters = lora.active_adapters(self.unet)
         groups: list[dict[str, Any]] = []
         if trains_lora(cfg):
             params = lora.add_lora(self.unet, **adapter_options(cfg, "unet"))
@@ -132,7 +137,7 @@ class Learner:
             self.text_encoder.train()
         self.params = [p for group in groups for p in group["params"]]
         if accelerator.mixed_precision != "no":
-            lora.leave_casts_to_autocast(self.unet, self.text_encoder)
+            leave_casts_to_autocast(self.unet, self.text_encoder)
         self.without_xformers = None  # why, where it was asked for
         if cfg.enable_xformers_memory_efficient_attention:
             self.without_xformers = enable_xformers(self.unet)
@@ -155,10 +160,11 @@ class Learner:
             group["lr"] = rate * self.lr_factor(step)
 
     def models(self, data: TrainingData) -> Models:
-        """What an objective may evaluate."""
+        """What an objective may evaluate; the teacher has its own LoRAs or none."""
 
         def teacher(x_t: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), self.accelerator.autocast(), lora.lora_disabled(self.unet):
+            own = lora.only_adapters(self.unet, self.teacher_adapters)
+            with torch.no_grad(), self.accelerator.autocast(), own:
                 return as_function(self.unet)(x_t, timesteps, prompt_embeds)
 
         def frozen_embed(prompts: Sequence[str]) -> torch.Tensor:

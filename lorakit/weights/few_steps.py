@@ -1,10 +1,11 @@
-"""LoRAs for sampling in few steps, known by the names under which they are published. No torch here."""
+"""LoRAs for sampling in few steps, known by their metadata or by published names. No torch here."""
 
+import json
 import re
 from typing import Any, NamedTuple
 
 from lorakit.weights.adapter_config import lora_path
-from lorakit.weights.lora_metadata import trained_objectives
+from lorakit.weights.lora_metadata import HINTS_KEY, trained_objectives
 from lorakit.weights.tensors import read_header
 
 _KINDS = r"(?<![a-z])(lcm|hyper[-_ ]?sd|turbo|lightning|dmd2?|tcd|pcm)(?![a-z])"
@@ -20,11 +21,15 @@ _WITH_GUIDANCE: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 5.
 
 
 class FewSteps(NamedTuple):
-    """A LoRA for few steps, as `word` in `text` says; `sure` unless the word means other things too."""
+    """A LoRA for few steps, as `word` in `text` says; `sure` unless the word means other things too.
+
+    `is_told`: not by a name, but by the sampler that train_lora.py wrote into the file.
+    """
 
     word: str
     text: str
     sure: bool
+    is_told: bool = False
 
     def hints(self) -> dict[str, Any]:
         """Sampler, steps and guidance that it is published with.
@@ -47,6 +52,8 @@ def few_steps(path: str) -> FewSteps | None:
     """
     place = lora_path(path)
     _, metadata = read_header(place)
+    if _sampler(metadata.get(HINTS_KEY, "")) == "lcm":
+        return FewSteps("lcm", f"{HINTS_KEY} {metadata[HINTS_KEY]}", sure=True, is_told=True)
     if "denoise" in trained_objectives(metadata):
         return None  # train_lora.py fitted it to pictures, be they of turbo boats
     told = [place.stem, *(metadata[key] for key in _KEYS if key in metadata and len(metadata[key]) < 200)]
@@ -58,3 +65,10 @@ def few_steps(path: str) -> FewSteps | None:
             around = _STEPS.search(text.lower()) or _OF_A_BASE.search(text.lower())
             return FewSteps(found[0], text, is_plain or around is not None)
     return None
+
+
+def _sampler(hints: str) -> str | None:
+    try:
+        return json.loads(hints)["scheduler"]
+    except (LookupError, ValueError, TypeError, RecursionError):
+        return None

@@ -7,13 +7,13 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from lorakit.diffusion.frozen import leave_casts_to_autocast
 from lorakit.diffusion.lora import (
     active_adapters,
     adapter_layers,
     add_lora,
     extract,
     insert,
-    leave_casts_to_autocast,
     load_lora,
     lora_disabled,
     unwrap,
