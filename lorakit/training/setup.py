@@ -12,7 +12,7 @@ from lorakit.diffusion import lora
 from lorakit.diffusion.models import Base, enable_xformers, set_up_backend
 from lorakit.ground.errors import UserError
 from lorakit.training.data import TrainingData
-from lorakit.training.lcm_config import teacher_loras
+from lorakit.training.lcm_config import TEACHER, teacher_loras
 from lorakit.training.objectives import Models, as_function
 from lorakit.training.plan import Plan
 
@@ -116,7 +116,7 @@ class Learner:
         self.base, self.accelerator = base, accelerator
         self.unet, self.text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
         for number, entry in enumerate(teacher_loras(cfg)):
-            lora.load_lora(entry.path, self.unet, adapter_name=f"teacher_{number}", weight=entry.weight)
+            lora.load_lora(entry.path, self.unet, adapter_name=f"{TEACHER}{number}", weight=entry.weight)
         self.teacher_adapters = lora.active_adapters(self.unet)
         params = lora.add_lora(self.unet, **adapter_options(cfg, "unet"))
         groups = [{"params": params, "lr": cfg.learning_rate}]
