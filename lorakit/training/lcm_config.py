@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from lorakit.ground.config import Config
 from lorakit.sampling.config import LCM_STEPS
 
+TEACHER = "teacher_"
+"""How the names of the teacher's adapters begin in a live U-Net."""
+
 
 # fmt: off
 class TeacherLora(Config):

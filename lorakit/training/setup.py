@@ -14,7 +14,7 @@ from lorakit.diffusion.models import Base, enable_xformers, set_up_backend
 from lorakit.ground.errors import UserError
 from lorakit.training.batch import Batch, SampleKey
 from lorakit.training.data import TrainingData
-from lorakit.training.lcm_config import teacher_loras
+from lorakit.training.lcm_config import TEACHER, teacher_loras
 from lorakit.training.objectives import Models, as_function
 from lorakit.training.plan import Plan
 from lorakit.training.words_config import encodes_text, trains_lora
@@ -119,7 +119,7 @@ class Learner:
         self.base, self.accelerator = base, accelerator
         self.unet, self.text_encoder = base.unet, base.text_encoder if encodes_text(cfg) else None
         for number, entry in enumerate(teacher_loras(cfg)):
-            lora.load_lora(entry.path, self.unet, adapter_name=f"teacher_{number}", weight=entry.weight)
+            lora.load_lora(entry.path, self.unet, adapter_name=f"{TEACHER}{number}", weight=entry.weight)
         self.teacher_adapters = lora.active_adapters(self.unet)
         groups: list[dict[str, Any]] = []
         if trains_lora(cfg):

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lorakit.diffusion.lora import lora_disabled
+from lorakit.diffusion.lora import lora_disabled, only_adapters
 from lorakit.diffusion.models import Base, evaluating
 from lorakit.diffusion.words import words_at_start
 from lorakit.ground.publish import publish_file
@@ -25,6 +25,7 @@ from lorakit.pictures.images import load_image, save_png
 from lorakit.pictures.sheet import contact_sheet
 from lorakit.sampling.samplers import make_scheduler, sample_images
 from lorakit.training.data import TrainingData
+from lorakit.training.lcm_config import TEACHER
 from lorakit.training.objectives import Models, Objective, Parts, as_function
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,8 @@ Embed: TypeAlias = Callable[[], list[Embeds]]
 class SampleSheet:
     """Samples of fixed prompts and seeds over the run: a row each, a column per step, one without LoRA.
 
+    Where the teacher has LoRAs, it is the teacher that has the first column.
+
     Args:
         sampler: what the LoRA's file will ask for, if not the base's usual one; then a second column without
             LoRA is drawn with it, or one could not tell what is due to the LoRA.
@@ -168,7 +171,8 @@ class SampleSheet:
         """Sample at `step` and draw the sheet anew. A failure is a warning: it must not end the run."""
         try:
             self._forget_others()
-            with lora_disabled(self.base.unet, self.text_encoder), words_at_start(self.base.words):
+            base = only_adapters(self.base.unet, self._teachers())
+            with lora_disabled(self.text_encoder), base, words_at_start(self.base.words):
                 if not self._files(WITHOUT):
                     self._sample(WITHOUT, None)
                 if self.sampler and not self._files(FEW_STEPS):
@@ -180,6 +184,10 @@ class SampleSheet:
             log.warning("samples at step %d failed, training goes on: %s: %s", step, kind, error)
         finally:
             self.base.drop("vae")
+
+    def _teachers(self) -> list[str]:
+        """Names of the teacher's adapters: what is learnt is compared with the teacher, if it has any."""
+        return [name for name in getattr(self.base.unet, "peft_config", {}) if name.startswith(TEACHER)]
 
     def _forget_others(self) -> None:
         """Remove the pictures of other prompts, seeds or sampler settings, which a sheet would mislabel."""
@@ -216,9 +224,9 @@ class SampleSheet:
         later = sorted(drawn - {WITHOUT, FEW_STEPS})
         if len(later) > MAX_COLUMNS:  # evenly spaced, the last among them
             later = [later[(i + 1) * len(later) // MAX_COLUMNS - 1] for i in range(MAX_COLUMNS)]
-        labels = {WITHOUT: "without LoRA"}
+        labels = {WITHOUT: "teacher" if self._teachers() else "without LoRA"}
         if self.sampler:
-            labels[FEW_STEPS] = f"without, {self.sampler['scheduler']} {self.sampler['num_inference_steps']}"
+            labels[FEW_STEPS] = f"the same, {self.sampler['scheduler']} {self.sampler['num_inference_steps']}"
         labels |= {column: f"step {int(column)}" for column in later}
         columns = [[load_image(path) for path in self._files(column)] for column in labels]
         seeds = self.options["seeds"]

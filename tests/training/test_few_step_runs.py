@@ -130,10 +130,15 @@ def test_samples_show_the_base_at_both_samplers(trained):
     assert told["steps"] == 5 and told["sampler"] == HINT
 
 
-def test_the_loras_of_the_teacher_are_learnt_and_not_in_the_base(trained, few_step, fitted, tmp_path):
-    plain = trained(**LCM)
+def test_the_loras_of_the_teacher_are_learnt_and_not_in_the_base(trained, fitted, tmp_path):
+    def first_sample(path):
+        return np.asarray(Image.open(path.with_suffix("") / "samples/00000000-00.png"), np.int16)
+
+    sampled = {"sample_steps": 6, "sample_inference_steps": 3, "sample_seeds": [0], "sample_prompts": ["a"]}
+    plain = trained(**LCM, **sampled)
     settings = LCM["lcm"] | {"teacher_loras": [{"path": str(fitted[1]), "weight": 0.5}]}
-    styled = trained(output_dir=str(tmp_path / "styled"), **LCM | {"lcm": settings})
+    styled = trained(output_dir=str(tmp_path / "styled"), **LCM | {"lcm": settings} | sampled)
+    assert np.abs(first_sample(styled) - first_sample(plain)).max() > 1  # the teacher, that with its style
     assert load_file(styled).keys() == load_file(plain).keys() and far(styled, plain) > 1e-3
     assert validations(styled) != validations(plain)
     none = LCM["lcm"] | {"teacher_loras": [{"path": str(fitted[1]), "weight": 0.0}]}
