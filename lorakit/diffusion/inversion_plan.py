@@ -22,6 +22,8 @@ from lorakit.weights.tokens import unread_notes
 
 Method = Literal["ddim", "fixed_point", "obelm", "null_text", "anchored"]
 """Described in inversion.py."""
+FIT_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
+"""Shares of the schedule at which LoRAs are tried on a picture before it is inverted under them."""
 
 
 class InvertConfig(Config):

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from lorakit.ground.errors import UserError
 from lorakit.weights.adapter_config import lora_path
 from lorakit.weights.lora_metadata import HINTS_KEY, trained_objectives
 from lorakit.weights.tensors import read_header
@@ -72,3 +73,16 @@ def _sampler(hints: str) -> str | None:
         return json.loads(hints)["scheduler"]
     except (LookupError, ValueError, TypeError, RecursionError):
         return None
+
+
+def refuse_few_steps(path: str) -> None:
+    """A LoRA that changed what sampling means has no DDIM path from a picture to its noise.
+
+    Raises:
+        UserError: it is one, or as few_steps.
+    """
+    if found := few_steps(path):
+        raise UserError(
+            f"{path}: looks like a LoRA for sampling in few steps ({found.word!r} in {found.text!r}), under "
+            "which a picture cannot be inverted; fit a LoRA to the picture instead (train_lora.py)"
+        )
