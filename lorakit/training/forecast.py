@@ -13,7 +13,7 @@ from lorakit.sampling.prompts import text_notes
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
 from lorakit.weights.base import BaseInfo
-from lorakit.weights.base_settings import text_layers
+from lorakit.weights.base_settings import base_line, text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
 from lorakit.weights.tokens import overlong
@@ -89,7 +89,7 @@ def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
 def describe_plan(cfg: Any, plan: Plan) -> str:
     """The plan in words, for --check."""
     base = plan.base
-    lines = [f"base        {base.name} ({base.kind}), {_base_line(base)}"]
+    lines = [f"base        {base.name} ({base.kind}), {base_line(base)}"]
     lines += [f"            {part:13s} {path}" for part, path in base.files.items()]
     lines += _picture_lines(cfg, plan)
     lines += [f"tokens      {line}" for line in lost_tokens(cfg, plan)]
@@ -98,7 +98,7 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
     lines.append(
         f"steps       {plan.steps} of {plan.total_batch} sample(s): {epochs:.4g} epochs; {elsewhere}"
     )
-    lines.append(f"shown       {_shown(cfg, plan)}")
+    lines.append(f"shown       {showings(cfg, plan)}")
     if base.known:
         vae_hash = base_identity(base, "vae")
         views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
@@ -146,22 +146,12 @@ def _disk_line(cfg: Any, base: BaseInfo) -> str:
     )
 
 
-def _base_line(base: BaseInfo) -> str:
-    if not base.known:
-        return "its parts are read when training starts"
-    millions = sum(base.parameters.values()) / 1e6
-    return (
-        f"{millions:,.1f} M parameters, {base.resolution} px, VAE factor {base.vae_factor}, "
-        f"{base.max_tokens} tokens, {base.prediction_type}"
-    )
-
-
 def _steps_on(cfg: Any, plan: Plan, processes: int) -> int:
     total = plan.total_batch if cfg.total_batch_size else plan.total_batch // plan.world_size * processes
     return count_steps(cfg, sum(plan.repeats), total)
 
 
-def _shown(cfg: Any, plan: Plan) -> str:
+def showings(cfg: Any, plan: Plan) -> str:
     """How often the run shows the pictures, by their repeats."""
     counts, repeats = count_showings(cfg.seed, **plan.order), plan.repeats
     said = []
