@@ -5,7 +5,8 @@
     accelerate launch train_lora.py cfg/sd15/style.json             # several GPUs, the same run
 
 Reads a base model, and pictures with captions. Writes <output_dir>/<ckpt_name>.safetensors, which diffusers,
-ComfyUI and A1111 load, and the run folder <output_dir>/<ckpt_name>/: metrics, samples, exact checkpoints.
+ComfyUI and A1111 load, and the run folder <output_dir>/<ckpt_name>/: metrics, samples, exact checkpoints, and
+index.html to look at.
 """
 
 import contextlib
@@ -60,6 +61,7 @@ def train(
     from lorakit.training import decisions, saving
     from lorakit.training.objectives import make_objective
     from lorakit.training.order import sample_order, split_step
+    from lorakit.training.page import write_page
     from lorakit.training.preparation import prepare
     from lorakit.training.setup import Learner, start_processes
     from lorakit.training.start import base_loras, put_start
@@ -178,6 +180,8 @@ def train(
             if stopping:
                 accelerator.wait_for_everyone()
                 bar.close()
+                if main:
+                    write_page(cfg, plan, run, hint)
                 signum = stop.signum or signal.SIGTERM
                 raise StoppedError(f"at step {done} of {plan.steps}. To go on: {hint}", signum)
             if done in due.any:
@@ -187,6 +191,7 @@ def train(
         paths: list[Path] = []
         if main:
             paths = saving.publish_result(cfg, plan, learner, progress)
+            write_page(cfg, plan, run)
         accelerator.wait_for_everyone()
     return paths
 
@@ -235,7 +240,7 @@ def main(argv: list[str]) -> int:
         paths = train(cfg, plan, run, resume, hint=hint)
     if rank == 0:
         for path in paths:
-            print(f"wrote       {path} ({path.stat().st_size / 1e6:.2f} MB); run folder {run}")
+            print(f"wrote       {path} ({path.stat().st_size / 1e6:.2f} MB); look at {run}/index.html")
     return 0
 
 

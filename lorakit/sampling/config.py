@@ -64,6 +64,8 @@ class LoraEntry(Config):
 class SamplingConfig(Config):
     """The keys that every script which samples has."""
 
+    script: ClassVar[str]
+    """The file that reads them."""
     headings: ClassVar[dict[str, str]] = {
         "pretrained_model_name_or_path": "Model",
         "width": "Size",

@@ -16,7 +16,7 @@ from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
 from lorakit.training.words_config import encodes_text, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo
-from lorakit.weights.base_settings import text_layers
+from lorakit.weights.base_settings import base_line, text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
 from lorakit.weights.tokens import overlong, unread_notes
@@ -100,7 +100,7 @@ def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
 def describe_plan(cfg: Any, plan: Plan) -> str:
     """The plan in words, for --check."""
     base = plan.base
-    lines = [f"base        {base.name} ({base.kind}), {_base_line(base)}"]
+    lines = [f"base        {base.name} ({base.kind}), {base_line(base)}"]
     lines += [f"            {part:13s} {path}" for part, path in base.files.items()]
     lines += _picture_lines(cfg, plan)
     lines += [f"tokens      {line}" for line in lost_tokens(cfg, plan)]
@@ -109,7 +109,7 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
     lines.append(
         f"steps       {plan.steps} of {plan.total_batch} sample(s): {epochs:.4g} epochs; {elsewhere}"
     )
-    lines.append(f"shown       {_shown(cfg, plan)}")
+    lines.append(f"shown       {showings(cfg, plan)}")
     if base.known:
         vae_hash = base_identity(base, "vae")
         views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
@@ -165,22 +165,12 @@ def _disk_line(cfg: Any, base: BaseInfo) -> str:
     )
 
 
-def _base_line(base: BaseInfo) -> str:
-    if not base.known:
-        return "its parts are read when training starts"
-    millions = sum(base.parameters.values()) / 1e6
-    return (
-        f"{millions:,.1f} M parameters, {base.resolution} px, VAE factor {base.vae_factor}, "
-        f"{base.max_tokens} tokens, {base.prediction_type}"
-    )
-
-
 def _steps_on(cfg: Any, plan: Plan, processes: int) -> int:
     total = plan.total_batch if cfg.total_batch_size else plan.total_batch // plan.world_size * processes
     return count_steps(cfg, sum(plan.repeats), total)
 
 
-def _shown(cfg: Any, plan: Plan) -> str:
+def showings(cfg: Any, plan: Plan) -> str:
     """How often the run shows the pictures, by their repeats."""
     counts, repeats = count_showings(cfg.seed, **plan.order), plan.repeats
     said = []
