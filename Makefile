@@ -1,6 +1,7 @@
 # Two commands set everything up on a fresh machine with Python 3.11 or newer: make demo, make test.
 PYTHON ?= python3
 PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check
 TESTS := $(PY) -m pytest -n auto --dist worksteal
 HELP := COLUMNS=100 PYTHON_COLORS=0 $(PY)
 SCRIPTS := train_lora generate style_transfer morph invert mix_lora
@@ -52,11 +53,13 @@ help-texts: .venv/run      ## write what --help prints into docs/help
 
 .venv/run: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet -r requirements.txt
+	@echo "installing  requirements.txt into .venv"
+	@$(PIP) -r requirements.txt
 	touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
-	$(PY) -m pip install --quiet -r requirements-dev.txt
+	@echo "installing  requirements-dev.txt into .venv"
+	@$(PIP) -r requirements-dev.txt
 	touch $@
 
 miniature: .venv/run       ## train the embedded base from nothing into out/miniature: hours, resumable

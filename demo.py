@@ -4,7 +4,8 @@
 
 Runs train_lora.py on cfg/mountain.json and cfg/mountain_up.json, samples the base from two seeds without and
 with each LoRA, and runs morph.py on cfg/morph/mountain.json. Writes ckpt/mountain.safetensors,
-ckpt/mountain_up.safetensors, out/demo/sheet.png, and out/morph/mountain/ with morph.gif and index.html.
+ckpt/mountain_up.safetensors, out/morph/mountain/ with morph.gif, and out/demo/ with sheet.png and index.html,
+which shows everything and needs nothing but the pages beside it.
 """
 
 import json
@@ -24,6 +25,21 @@ MORPH = Path("cfg/morph/mountain.json")
 OUTPUT = Path("out/demo/sheet.png")
 SEEDS = (0, 1)
 GUIDANCE_SCALE = 1.5
+FILM = Path("out/morph/mountain")
+COLUMNS = ["input", "VAE round trip"]
+COLUMNS += [f"{how} LoRA, seed {seed}" for how in ("without", "with") for seed in SEEDS]
+NEXT = {
+    "Pictures of your own words:": 'python generate.py prompt="a watercolor of snowy mountains at dawn"',
+    "A LoRA at three weights:": (
+        "python generate.py loras.0.path=ckpt/mountain.safetensors grid.weight='[0,0.5,1]' name=weights"
+    ),
+    "A LoRA of your own pictures, each with a .txt of its caption beside it:": (
+        "python train_lora.py cfg/mountain.json data_dir=MY_PICTURES ckpt_name=mine"
+    ),
+    "A style, and photographs redrawn in it:": (
+        "python train_lora.py cfg/style.json && python style_transfer.py"
+    ),
+}
 
 
 def fit(configs: Sequence[Path]) -> list[float]:
@@ -89,28 +105,59 @@ def film() -> float:
     return time.perf_counter() - start
 
 
+def look(rows: Sequence[tuple[list, list[str]]], times: dict[str, float]) -> Path:
+    """The page with all of it, and beside it those of the trainings and of the morph; returns its path."""
+    from lorakit.film.demo_page import Row, demo_page
+    from lorakit.ground.publish import publish_file
+    from lorakit.pictures.folder import read_folder
+    from lorakit.pictures.images import load_image
+    from lorakit.pictures.page import webp
+
+    configs = [json.loads(config.read_text(encoding="utf-8")) for config in CONFIGS]
+    names = [cfg["ckpt_name"] for cfg in configs]
+    captions = [read_folder(Path(cfg["data_dir"])).rows[0].caption for cfg in configs]
+    pages = {f"{name}.html": (Path("ckpt") / name, f"how the LoRA of {name} was trained") for name in names}
+    pages["morph.html"] = (FILM, "the film frame by frame, with its speed and its sharpness")
+    for name, (folder, _) in pages.items():
+        publish_file(OUTPUT.with_name(name), (folder / "index.html").read_bytes())
+    made = {name: what for name, (_, what) in pages.items()}
+    made |= {f"ckpt/{name}.safetensors": "a LoRA for diffusers, ComfyUI and A1111" for name in names}
+    made |= {str(FILM / "morph.gif"): "the film", str(OUTPUT): "what each LoRA does, as one picture"}
+    page = demo_page(
+        [
+            Row(name, caption, pictures, list(map(": ".join, zip(COLUMNS, told, strict=True))))
+            for name, caption, (pictures, told) in zip(names, captions, rows, strict=True)
+        ],
+        [webp(load_image(path)) for path in sorted((FILM / "frames").glob("*.png"))],
+        made=made,
+        times=times,
+        commands=NEXT,
+    )
+    publish_file(OUTPUT.with_name("index.html"), page.encode())
+    return OUTPUT.with_name("index.html")
+
+
 def main() -> None:
     from lorakit.pictures.images import save_png
     from lorakit.pictures.sheet import contact_sheet
 
-    seconds = fit(CONFIGS)
+    times = {f"training {config}": each for config, each in zip(CONFIGS, fit(CONFIGS), strict=True)}
     start = time.perf_counter()
-    rows, captions = zip(*(show(config) for config in CONFIGS), strict=True)
+    rows = [show(config) for config in CONFIGS]
     sheet = contact_sheet(
-        rows,
-        captions=captions,
+        [pictures for pictures, _ in rows],
+        captions=[told for _, told in rows],
         row_labels=[config.stem for config in CONFIGS],
-        column_labels=["input", "VAE round trip"]
-        + [f"without LoRA, seed {s}" for s in SEEDS]
-        + [f"with LoRA, seed {s}" for s in SEEDS],
+        column_labels=COLUMNS,
         title="One LoRA per photograph; PSNR to the photograph under each picture",
     )
     save_png(sheet, OUTPUT)
-    for config, each in zip(CONFIGS, seconds, strict=True):
-        print(f"trained     {config} in {each:.0f} s")
-    print(f"sampled     12 pictures in {time.perf_counter() - start:.0f} s")
+    times["sampling"] = time.perf_counter() - start
     print(f"wrote       ckpt/mountain.safetensors, ckpt/mountain_up.safetensors, {OUTPUT}", flush=True)
-    print(f"morphed     in {film():.0f} s, imports and all")
+    times["the morph"] = film()
+    for what, seconds in times.items():
+        print(f"took        {seconds:.0f} s for {what}")
+    print(f"wrote       {look(rows, times)}: everything on one page; open it in a browser")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python generate.py --from out/samples/0003.png num_inference_steps=50      # that picture again, but for …
 
 Reads a base, LoRA files and prompts. Writes to <output_dir>/<name>/: numbered PNGs that carry their config,
-sheet.png, report.json.
+sheet.png, report.json, and index.html to look at.
 """
 
 import sys
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.ground.process import run_guarded
 from lorakit.sampling.config import check_size
+from lorakit.sampling.forecast import describe_sampling
 from lorakit.sampling.gallery import Gallery, fill_folder
 from lorakit.sampling.generate_plan import GenerateConfig, all_asked, asked, picture_shape, read_lines
 from lorakit.sampling.model_files import fingerprint_ahead
@@ -32,6 +33,7 @@ def generate(cfg: GenerateConfig, info: BaseInfo, lines: list[Line], folder: Pat
     """Make the pictures; returns the paths of the sheets."""
     from lorakit.diffusion.models import open_base
     from lorakit.sampling.grid import Batch, fill
+    from lorakit.sampling.page import write_page
     from lorakit.sampling.samplers import sample_images
 
     started = time.perf_counter()
@@ -69,7 +71,9 @@ def generate(cfg: GenerateConfig, info: BaseInfo, lines: list[Line], folder: Pat
         facts=lambda _, subject, __: lines[subject].facts(),
     )
     report = {"seconds": round(time.perf_counter() - started, 2), "device": str(base.device)}
-    return gallery.finish(report)
+    paths = gallery.finish(report)
+    write_page(gallery, report)
+    return paths
 
 
 def main(argv: list[str]) -> int:
@@ -96,6 +100,9 @@ def main(argv: list[str]) -> int:
         lambda folder: generate(cfg, info, lines, folder),
         what=f"{count} at {', '.join(shapes)} with {info.name}",
         notes=notes,
+        forecast=lambda: describe_sampling(
+            configs, info, [picture_shape(each, info) for each in configs], cfg.images_per_prompt
+        ),
         files=f"{count} pictures, report.json",
     )
 

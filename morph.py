@@ -65,6 +65,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
 
     from lorakit.diffusion.metrics import make_distance
     from lorakit.diffusion.models import Base, compute_dtype, resolve_precision, set_up_backend
+    from lorakit.diffusion.paths import decode_picture, encode_picture
     from lorakit.film import endpoints
     from lorakit.film.morph_report import write_outputs
     from lorakit.pictures.images import read_picture
@@ -86,7 +87,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
     adapters = endpoints.load_adapters(base, plan.loras, notes)
     print_notes(notes if team.is_main_process else ())
     pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]
-    latents = [endpoints.encode_picture(base, picture) for picture in pictures]
+    latents = [encode_picture(base, picture) for picture in pictures]
     distance = make_distance(cfg.distance, base)
     total = sum(count_evaluations(cfg, plan).values()) * (1 + cfg.compare)
     bar = tqdm(total=total, desc=cfg.name, unit="eval", disable=not team.is_main_process)
@@ -114,7 +115,7 @@ def morph(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, hint:
 
     # -- what is looked at
     if team.is_main_process:
-        round_trips = [endpoints.decode_picture(base, each[0]) for each in latents]
+        round_trips = [decode_picture(base, each[0]) for each in latents]
         write_outputs(cfg, plan, folder, versions, pictures, round_trips, distance)
     team.wait_for_everyone()
 

@@ -8,7 +8,8 @@
 Two knobs work against each other: `strength`, how much of the picture's colours and textures is given up, and
 `controlnet_conditioning_scale`, how much of its geometry is kept. Where the style does not appear, raise the
 first; where the scene is lost, the second. Reads a base, LoRA files, a ControlNet and pictures. Writes to
-<output_dir>/<name>/: edges, numbered PNGs that carry their config, sheet.png, report.json.
+<output_dir>/<name>/: edges, numbered PNGs that carry their config, sheet.png, report.json, and index.html
+to look at.
 """
 
 import sys
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.ground.process import run_guarded
 from lorakit.pictures.images import read_picture, save_png
 from lorakit.sampling.config import check_size
+from lorakit.sampling.forecast import describe_sampling
 from lorakit.sampling.gallery import Gallery, fill_folder
 from lorakit.sampling.model_files import fingerprint_ahead
 from lorakit.sampling.prompts import prompt_notes
@@ -28,14 +30,20 @@ from lorakit.sampling.style_plan import (
     CONTROL,
     StyleConfig,
     controlnet_of,
+    controlnet_parameters,
+    find_captions,
     find_pictures,
     notes_of,
     shape_of,
+    with_caption,
 )
 from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from lorakit.diffusion.models import Base
 
 DEFINITIONS = {
     "edge_f1": "harmonic mean of precision and recall of the result's edges against the input's, to a pixel",
@@ -91,11 +99,37 @@ def colour_shift(a: "Image", b: "Image") -> float:
     return float(np.abs(values[0] - values[1]).mean())
 
 
+def with_colours(image: "Image", source: "Image") -> "Image":
+    """The colours of `source` on the brightness of `image`, by Y and by Cb and Cr of JPEG."""
+    from PIL import Image
+
+    brightness = image.convert("YCbCr").getchannel(0)
+    _, *colours = source.convert("YCbCr").split()
+    return Image.merge("YCbCr", [brightness, *colours]).convert("RGB")
+
+
+def read_captions(cfg: StyleConfig, base: "Base", paths: list[str], sources: list[Source]) -> list[str]:
+    """The caption of each picture, of the base's own words where it is to say them."""
+    from lorakit.sampling.base_words import told_by_base
+
+    captions, _ = find_captions(cfg, base.info, paths)
+    vocabulary = read_vocabulary(base.info)
+    found = []
+    for path, source, caption in zip(paths, sources, captions, strict=True):
+        if caption is None:
+            assert vocabulary  # or nothing would have been left to it
+            caption = told_by_base(base, source.picture, vocabulary)
+            print(f"caption     {path}: “{caption}”, of the words of {base.info.name}", flush=True)
+        found.append(caption)
+    return found
+
+
 def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path) -> list[Path]:
     """Make the pictures; returns the paths of the sheets."""
     from lorakit.diffusion.models import open_base
     from lorakit.sampling import restyling
     from lorakit.sampling.grid import Batch, fill
+    from lorakit.sampling.page import write_page
 
     started = time.perf_counter()
     fingerprint_ahead(cfg.pretrained_model_name_or_path)
@@ -104,11 +138,12 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
     name = controlnet_of(cfg, base.info)
     controlnet = restyling.load_controlnet(name, base) if name else None
     sources = [read_source(cfg, path, shape_of(cfg, base.info, path)) for path in paths]
+    captions = read_captions(cfg, base, paths, sources)
 
     def render(batch: Batch) -> list["Image"]:
         cell = batch.cfg
         _, steps, guidance_scale = cell.sampler()
-        return restyling.restyle(
+        images = restyling.restyle(
             base,
             controlnet,
             batch.scheduler,
@@ -122,6 +157,9 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
             guidance_scale=guidance_scale,
             control={key: getattr(cell, key) for key in CONTROL},
         )
+        if cell.colour == "style":
+            return images
+        return [with_colours(i, sources[n].picture) for i, n in zip(images, batch.subjects, strict=True)]
 
     def alone(cell: StyleConfig, subject: int, seed: int) -> StyleConfig:
         return cell.model_copy(update={"image": paths[subject], "seed": seed, "images_per_picture": 1})
@@ -133,7 +171,7 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
         base,
         cfg,
         cfg.images_per_picture,
-        asked=lambda cell: [cell] * len(paths),
+        asked=lambda cell: [with_caption(cell, caption) for caption in captions],
         render=render,
         alone=alone,
         facts=lambda cell, subject, image: compared(cell, sources[subject], image),
@@ -143,7 +181,9 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
         save_png(source.hint, folder / (f"edges_{number:03d}.png" if len(sources) > 1 else "edges.png"))
     seconds = round(time.perf_counter() - started, 2)
     report = {"seconds": seconds, "device": str(base.device), "controlnet": name, "definitions": DEFINITIONS}
-    return gallery.finish(report)
+    paths = gallery.finish(report)
+    write_page(gallery, report)
+    return paths
 
 
 def main(argv: list[str]) -> int:
@@ -158,15 +198,24 @@ def main(argv: list[str]) -> int:
     info = inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_size(cfg, info)
     paths = find_pictures(cfg.image)
-    notes = notes_of(cfg, info, paths)
+    captions, told = find_captions(cfg, info, paths)
+    cells = [with_caption(cell, text or "") for _, cell in cfg.numbered_cells() for text in captions]
+    notes = [*notes_of(cfg, info, paths), *told]
     if "check" in command.flags:  # a run says it where it comes to them
-        notes += prompt_notes([cell for _, cell in cfg.numbered_cells()], info)
-    count = len(cfg.numbered_cells()) * len(paths) * cfg.images_per_picture
+        notes += prompt_notes(cells, info)
+    count = len(cells) * cfg.images_per_picture
     return fill_folder(
         command,
         lambda folder: restyle_all(cfg, info, paths, folder),
         what=f"{count} of {len(paths)} with {info.name}",
         notes=notes,
+        forecast=lambda: describe_sampling(
+            cells,
+            info,
+            [shape_of(cfg, info, path) for path in paths],
+            cfg.images_per_picture,
+            controlnet_parameters(cfg, info),
+        ),
         files=f"{count} pictures, edges, report.json",
     )
 

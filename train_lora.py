@@ -5,7 +5,7 @@
     accelerate launch train_lora.py cfg/sd15/style.json             # several GPUs, the same run
 
 Reads a base model, and pictures with captions. Writes <output_dir>/<ckpt_name>.safetensors, which diffusers,
-ComfyUI and A1111 load, and the run folder <output_dir>/<ckpt_name>/: metrics, samples, exact checkpoints.
+ComfyUI and A1111 load, and the folder <output_dir>/<ckpt_name>/: metrics, samples, checkpoints, index.html.
 """
 
 import contextlib
@@ -25,10 +25,12 @@ from lorakit.ground.publish import check_writable, publish_file
 from lorakit.ground.runs import claim_run, lock_run
 from lorakit.training.config import TrainConfig
 from lorakit.training.forecast import checkpoint_bytes, describe_plan, lost_tokens
+from lorakit.training.lcm_config import teacher_loras
 from lorakit.training.plan import Plan, make_plan, missing_packages, result_paths
 from lorakit.training.progress import Progress
 from lorakit.training.resume import check_base, find_start, run_record, validation_record
 from lorakit.training.verify import verify_resume
+from lorakit.training.words_config import word_paths
 from lorakit.weights.programs import file_read_by
 
 
@@ -59,6 +61,7 @@ def train(
     from lorakit.training import decisions, saving
     from lorakit.training.objectives import make_objective
     from lorakit.training.order import sample_order, split_step
+    from lorakit.training.page import write_page
     from lorakit.training.preparation import prepare
     from lorakit.training.setup import Learner, start_processes
     from lorakit.training.start import base_loras, put_start
@@ -161,7 +164,7 @@ def train(
                 loss = validation_loss(validation, objective, models, unet, text_encoder, cfg, accelerator)
                 metrics.write({"step": done, "validation_loss": loss})
                 if progress.judge(loss):
-                    progress.best = saving.live_modules(unet, text_encoder)
+                    progress.best = saving.live(learner)
                     if main:
                         saving.write_best(run, cfg, plan, progress)
                 best_loss = math.nan if progress.best_loss is None else progress.best_loss
@@ -177,6 +180,8 @@ def train(
             if stopping:
                 accelerator.wait_for_everyone()
                 bar.close()
+                if main:
+                    write_page(cfg, plan, run, hint)
                 signum = stop.signum or signal.SIGTERM
                 raise StoppedError(f"at step {done} of {plan.steps}. To go on: {hint}", signum)
             if done in due.any:
@@ -186,6 +191,7 @@ def train(
         paths: list[Path] = []
         if main:
             paths = saving.publish_result(cfg, plan, learner, progress)
+            write_page(cfg, plan, run)
         accelerator.wait_for_everyone()
     return paths
 
@@ -200,7 +206,7 @@ def main(argv: list[str]) -> int:
         default_config="cfg/mountain.json",
     )
     cfg, told = command.config, []
-    if cfg.init_lora or cfg.base_loras:
+    if cfg.init_lora or cfg.base_loras or teacher_loras(cfg):
         from lorakit.training.start import settled
 
         cfg, told = settled(cfg)
@@ -220,7 +226,7 @@ def main(argv: list[str]) -> int:
     check_writable(run.parent, 3 * checkpoint_bytes(cfg, plan.base))
     with lock_run(run) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            results = [*result_paths(cfg)]
+            results = [*result_paths(cfg), *word_paths(cfg).values()]
             claim_run(run, resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite, results=results)
         resume, told = find_start(cfg, plan, run, owner=rank == 0)
         if rank == 0:
@@ -234,8 +240,9 @@ def main(argv: list[str]) -> int:
         paths = train(cfg, plan, run, resume, hint=hint)
     if rank == 0:
         for path in paths:
-            print(f"wrote       {path} ({path.stat().st_size / 1e6:.2f} MB); run folder {run}")
-            print(f"read by     {file_read_by(path)}")
+            print(f"wrote       {path} ({path.stat().st_size / 1e6:.2f} MB); look at {run}/index.html")
+            if path in result_paths(cfg):
+                print(f"read by     {file_read_by(path)}")
     return 0
 
 

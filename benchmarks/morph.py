@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.morph_figures import LONG, draw_sheet, judge, print_table, summarise
 from benchmarks.morph_setup import Setup, prepare, set_up
 from benchmarks.morph_ways import WAYS, Loop
+from lorakit.diffusion.paths import encode_picture
 from lorakit.film import endpoints
 from lorakit.pictures.images import read_picture
 
@@ -70,7 +71,7 @@ def warm_up(setup: Setup) -> None:
     """A first evaluation of each network: libraries choose their kernels in it."""
     loop = Loop(setup)
     picture = read_picture(setup.cfg.images[0].path, setup.plan.shape)
-    latents = endpoints.encode_picture(setup.base, picture)
+    latents = encode_picture(setup.base, picture)
     rows = endpoints.conditions(setup.cfg, setup.base, setup.adapters)
     loop.predict(latents, loop.grid.timesteps[0], rows.prompt_embeds[:1])
     loop.decode(latents)

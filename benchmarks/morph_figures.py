@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.morph_setup import Film, Setup
 from benchmarks.morph_ways import WAYS
 from lorakit.diffusion import metrics
-from lorakit.film import endpoints, morph_report
+from lorakit.diffusion.paths import decode_picture, encode_picture
+from lorakit.film import morph_report
 from lorakit.pictures.images import load_image, psnr, read_picture
 from lorakit.pictures.sheet import contact_sheet
 
@@ -21,8 +22,8 @@ LONG = 50  # steps for which stored attention is told as well, whatever was run
 def judge(setup: Setup, film: Film) -> dict[str, Any]:
     """How near the ends come to the VAE's round trip of the pictures, and diffusion.metrics of the film."""
     pictures = [read_picture(picture.path, setup.plan.shape) for picture in setup.cfg.images]
-    latents = [endpoints.encode_picture(setup.base, picture) for picture in pictures]
-    around = [endpoints.decode_picture(setup.base, each[0]) for each in latents]
+    latents = [encode_picture(setup.base, picture) for picture in pictures]
+    around = [decode_picture(setup.base, each[0]) for each in latents]
     distance = metrics.make_distance(setup.cfg.distance, setup.base)
     found = morph_report.measure(film.frames, film.positions, around, distance).metrics
     likeness = [psnr(film.frames[k], around[k]) for k in (0, -1)]

@@ -16,6 +16,7 @@ from lorakit.diffusion import inversion, lora, metrics
 from lorakit.diffusion.attention import Between, SharedAttention
 from lorakit.diffusion.denoiser import Denoiser
 from lorakit.diffusion.interpolate import adain, bezier, slerp
+from lorakit.diffusion.paths import decode_picture, encode_picture
 from lorakit.diffusion.row_weights import lora_layers
 from lorakit.diffusion.schedule import ddim_step
 from lorakit.film import endpoints, morph_plan, morphing, shooting
@@ -63,7 +64,7 @@ class Loop:
         for k, (picture, embeds) in enumerate(zip(self.cfg.images, self.prompts, strict=True)):
             image = read_picture(picture.path, self.setup.plan.shape)
             self.mix(float(k))
-            start = endpoints.encode_picture(self.base, image)
+            start = encode_picture(self.base, image)
             *_, last = inversion.invert(start, self.grid, lambda x, t, e=embeds: self.predict(x, t, e))
             self.noise.append(last)
 
@@ -92,7 +93,7 @@ class Loop:
         return i < self.cfg.attention_share * len(self.grid)
 
     def decode(self, latents: Tensor) -> Image.Image:
-        return endpoints.decode_picture(self.base, latents[0])
+        return decode_picture(self.base, latents[0])
 
     def two_passes(self, render: Callable[[list[float]], list[Image.Image]]) -> Any:
         """Frames and alphas, after DiffMorpher's eqs. 11-12.
@@ -297,7 +298,7 @@ def lorakit(setup: Setup) -> Film:
     cfg, plan, base = setup.cfg, setup.plan, setup.base
     schedule, names = base.noise_schedule(), list(setup.adapters.values())
     pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]
-    latents = [endpoints.encode_picture(base, picture) for picture in pictures]
+    latents = [encode_picture(base, picture) for picture in pictures]
     rows = endpoints.conditions(cfg, base, setup.adapters)
     alone = Denoiser(base.unet, schedule, names)
     cache = Path(cfg.output_dir) / "cache"
@@ -318,7 +319,7 @@ def lorakit(setup: Setup) -> Film:
         key=morph_plan.fingerprint(cfg, plan, setup.precision),
     )
     positions, found = shooting.shoot(cfg, plan, studio)
-    frames = [endpoints.decode_picture(base, x) for x in found]
+    frames = [decode_picture(base, x) for x in found]
     return Film(frames, positions, shared.stored_bytes(), base.dtype.itemsize)
 
 

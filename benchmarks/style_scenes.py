@@ -5,7 +5,8 @@
 
 Forty scenes that nothing was trained on, drawn as photographs, are restyled by style_transfer.py and compared
 with the same scenes drawn in the style: by the weight of the LoRA, the control scale and the strength, and
-with a LoRA of the same scenes and captions in styles at random. Prints a table, writes
+with a LoRA of the same scenes and captions in styles at random; and, with each scene's own words for its
+prompt, by the strength. --lora FILE measures another LoRA. Prints a table, writes
 out/style_scenes/scenes.png, and prints one JSON line last.
 """
 
@@ -37,6 +38,7 @@ OUT = Path("out/style_scenes")
 STYLE, LORA = "an ink drawing", "ckpt/ink.safetensors"
 SCENE_SEED = 7_000_000  # far from the tables of all trainings
 WEIGHTS, SCALES, STRENGTHS = [0, 0.5, 1], [0, 0.5, 1], [0.5, 0.7, 0.8]
+CAPTIONED = [0.5, 0.7, 0.9]  # strengths, with the words of each scene
 
 
 def draw(count: int) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -49,6 +51,11 @@ def draw(count: int) -> tuple[list[Image.Image], list[Image.Image]]:
     inputs = [render(scene, "a photo", 128) for scene in scenes]
     for number, image in enumerate(inputs):
         save_png(image, folder / f"{number:03d}.png")
+    lines = [
+        json.dumps({"file_name": f"{number:03d}.png", "text": scene.caption("a photo")})
+        for number, scene in enumerate(scenes)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return inputs, [render(scene, STYLE, 128) for scene in scenes]
 
 
@@ -69,9 +76,12 @@ def train_shuffled() -> str:
     return str(OUT / f"{name}.safetensors")
 
 
-def restyle(name: str, lora: str, **grid: list[float]) -> dict[float, tuple[list[Image.Image], list[float]]]:
+def restyle(
+    name: str, lora: str, *settings: str, **grid: list[float]
+) -> dict[float, tuple[list[Image.Image], list[float]]]:
     """Value of the grid -> the results and their edge F1."""
     words = [f"image={OUT / 'inputs'}", f"name={name}", f"output_dir={OUT}", f"loras.0.path={lora}"]
+    words += [*settings, "overwrite=true"]
     words += [f"grid.{axis}={json.dumps(values)}" for axis, values in grid.items()]
     if style_transfer.main(["cfg/style_transfer/ink.json", *words]):
         raise SystemExit(1)
@@ -106,20 +116,27 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--base", default="ckpt/miniature")
+    parser.add_argument("--lora", default=LORA)
+    parser.add_argument(
+        "--captions-only", action="store_true", help="the scenes' own words by strength alone"
+    )
     options = parser.parse_args()
     inputs, truths = draw(options.scenes)
     judge = Judge(options.base, truths)
-    by_weight = restyle("weights", LORA, weight=WEIGHTS)
-    by_scale = restyle("scales", LORA, controlnet_conditioning_scale=SCALES)
-    by_strength = restyle("strengths", LORA, strength=STRENGTHS)
-    shuffled = restyle("shuffled_lora", train_shuffled(), weight=[1])
-
+    told = f"prompt={STYLE} of {{caption}}"
+    captioned = restyle("captioned", options.lora, told, strength=CAPTIONED)
     base = torch.tensor(judge.distances(inputs))
     rows: list[tuple[str, list[float], float]] = [("the input itself", base.tolist(), 1.0)]
-    rows += [(f"LoRA at weight {w:g}", judge.distances(p), mean(f1)) for w, (p, f1) in by_weight.items()]
-    rows += [(f"control scale {s:g}", judge.distances(p), mean(f1)) for s, (p, f1) in by_scale.items()]
-    rows += [(f"strength {s:g}", judge.distances(p), mean(f1)) for s, (p, f1) in by_strength.items()]
-    rows += [("LoRA of shuffled styles", judge.distances(p), mean(f1)) for p, f1 in shuffled.values()]
+    if not options.captions_only:
+        by_weight = restyle("weights", options.lora, weight=WEIGHTS)
+        by_scale = restyle("scales", options.lora, controlnet_conditioning_scale=SCALES)
+        by_strength = restyle("strengths", options.lora, strength=STRENGTHS)
+        shuffled = restyle("shuffled_lora", train_shuffled(), weight=[1])
+        rows += [(f"LoRA at weight {w:g}", judge.distances(p), mean(f1)) for w, (p, f1) in by_weight.items()]
+        rows += [(f"control scale {s:g}", judge.distances(p), mean(f1)) for s, (p, f1) in by_scale.items()]
+        rows += [(f"strength {s:g}", judge.distances(p), mean(f1)) for s, (p, f1) in by_strength.items()]
+        rows += [("LoRA of shuffled styles", judge.distances(p), mean(f1)) for p, f1 in shuffled.values()]
+    rows += [(f"own words, {s:g}", judge.distances(p), mean(f1)) for s, (p, f1) in captioned.items()]
     print(f"\n{'':26}{'distance to the truth':>22}{'closer than the input':>23}{'edge F1':>9}")
     report = {}
     for name, distances, f1 in rows:
@@ -127,8 +144,12 @@ def main() -> None:
         print(f"{name:26}{mean(distances):22.3f}{closer:23.0%}{f1:9.2f}")
         report[name] = {"distance": mean(distances), "closer_than_input": closer, "edge_f1": f1}
     shown = range(min(6, options.scenes))
-    columns = [inputs, *(p for p, _ in by_weight.values()), *(p for p, _ in shuffled.values()), truths]
-    labels = ["input", *(f"weight {w:g}" for w in WEIGHTS), "shuffled styles", "the true drawing"]
+    columns, labels = [inputs], ["input"]
+    if not options.captions_only:
+        columns += [*(p for p, _ in by_weight.values()), *(p for p, _ in shuffled.values())]
+        labels += [*(f"weight {w:g}" for w in WEIGHTS), "shuffled styles"]
+    columns += [*(p for p, _ in captioned.values()), truths]
+    labels += [*(f"own words, {s:g}" for s in CAPTIONED), "the true drawing"]
     sheet = contact_sheet([[column[i] for column in columns] for i in shown], column_labels=labels)
     save_png(sheet, OUT / "scenes.png")
     print(f"wrote {OUT / 'scenes.png'}")

@@ -9,7 +9,9 @@ from torch import Tensor
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.ground.randomness import derive_seed, generator
 from lorakit.pictures.edges import canny, hint_picture
+from miniature.autoencoder import to_tensor
 from miniature.diffusion import SCHEDULER
+from miniature.photographs import photograph_crop, pyramids
 from miniature.pictures import picture
 from miniature.text import tokenize
 
@@ -61,8 +63,32 @@ class Hints:
         rng = np.random.default_rng(derive_seed(self.seed, "hints", step))
         hints = []
         for row, flip in zip(rows, mirrored, strict=True):
-            image = picture(self.parts, int(row)).astype(np.float32) / 255
-            high = 0.045 * np.exp(rng.uniform(-1.0, 0.8))
-            edges = canny(image, rng.uniform(0.6, 2.0), high * rng.uniform(0.3, 0.6), high)
+            edges = drawn_edges(rng, picture(self.parts, int(row)).astype(np.float32) / 255)
             hints.append(hint_picture(edges[:, ::-1] if flip else edges))
         return torch.from_numpy(np.stack(hints)).contiguous(memory_format=torch.channels_last)
+
+
+class Photographs:
+    """Crops of photographs with their edges, of kinds and colours that no render has.
+
+    Args:
+        side: pixels of a crop.
+        share: of each batch.
+    """
+
+    def __init__(self, side: int, share: float, seed: int):
+        self.photographs, self.side, self.share, self.seed = pyramids(side), side, share, seed
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Pictures (n, 3, H, W) in [-1, 1] and hints (n, 3, H, W) in [0, 1]; n is the share of `size`."""
+        rng = np.random.default_rng(derive_seed(self.seed, "photographs", step))
+        count = round(self.share * size)
+        crops = [photograph_crop(rng, self.photographs, self.side) for _ in range(count)]
+        hints = [hint_picture(drawn_edges(rng, crop)) for crop in crops]
+        return to_tensor(crops), torch.from_numpy(np.stack(hints))
+
+
+def drawn_edges(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Edges of a picture (H, W, 3) in [0, 1], with blur and thresholds drawn, (H, W)."""
+    high = 0.045 * np.exp(rng.uniform(-1.0, 0.8))
+    return canny(image, rng.uniform(0.6, 2.0), high * rng.uniform(0.3, 0.6), high)

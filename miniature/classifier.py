@@ -104,6 +104,16 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> dict[str, flo
 
 
 @torch.no_grad()
+def obeyed(model: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Share of pictures whose attributes are all right; see `accuracy`."""
+    logits = [model(part) for part in images.split(64)]
+    right = [
+        torch.cat([part[name] for part in logits]).argmax(1) == labels[:, i] for i, name in enumerate(HEADS)
+    ]
+    return float(torch.stack(right).all(0).float().mean())
+
+
+@torch.no_grad()
 def frechet_distance(model: Classifier, a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (Heusel et al. 2017), in float64."""
     (mu_a, c_a), (mu_b, c_b) = (_moments(model, images) for images in (a, b))

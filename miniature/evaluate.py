@@ -117,6 +117,7 @@ def verdicts(figures: dict[str, Any]) -> list[Row]:
         high, low = control["f1_at_1"], control["f1_at_0"]
         rows.append(("5", "edge F1 at scale 1", high, 0.6, True))
         rows.append(("5", "edge F1, scale 1 less scale 0", high - low, 0.3, True))
+        rows.append(("5", "edge F1 of photographs at scale 1", control["f1_photographs_at_1"], 0.55, True))
         for name, value in control["prompts_at_1"].items():
             rows.append(("5", f"prompts at scale 1, {name}", value, 0.9, True))
     if speed := figures.get("speed"):
@@ -125,6 +126,18 @@ def verdicts(figures: dict[str, Any]) -> list[Row]:
         rows.append(("6", "a LoRA step, ms", max(lora["step_ms"]), 100, False))
         rows.append(("6", "peak memory of a LoRA training, MB", lora["peak_mb"], 1500, False))
     return sorted(rows)
+
+
+def softness(text: dict[str, Any]) -> list[str]:
+    """What says whether samples are soft, which the classifier does not see: beside it the same, blurred."""
+    if "texture" not in text:
+        return []
+    rows = {
+        "sharpness over that of renders": (text["sharpness"], text["sharpness_blurred"]),
+        "texture distance over that of renders": (text["texture"], text["texture_blurred"]),
+        "what the classifier finds": (mean(text["known"].values()), mean(text["known_blurred"].values())),
+    }
+    return [f"3  {what:42}{own:9.3f}; blurred {blurred:.3f}" for what, (own, blurred) in rows.items()]
 
 
 def main(argv: list[str]) -> int:
@@ -141,6 +154,8 @@ def main(argv: list[str]) -> int:
         good, sign = (value >= limit, ">=") if least else (value <= limit, "<=")
         passed = passed and good
         print(f"{gate}  {what:42}{value:9.3f}  {sign} {limit:<6.3g}  {'passed' if good else 'FAILED'}")
+    for line in softness(figures.get("text", {})):
+        print(line)
     for style in STYLES if "autoencoder" in figures else ():
         print(f"1  autoencoder, {style}, dB".ljust(45) + f"{figures['autoencoder'][style]:9.3f}")
     for number, value in enumerate(figures.get("lora", {}).get("inversion", []), 1):

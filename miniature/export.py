@@ -1,6 +1,7 @@
 """The trained parts as a diffusers folder, which every Stable Diffusion tool loads."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import torch
 
 from miniature.diffusion import SCHEDULER
+from miniature.scene import vocabulary
 
 
 def save_base(
     folder: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, dtype: torch.dtype
 ) -> None:
-    """Write tokenizer, text encoder, U-Net, autoencoder and scheduler, weights as safetensors of `dtype`.
+    """Write tokenizer, captions, text encoder, U-Net, autoencoder and scheduler, weights as `dtype`.
 
     The live modules keep their own dtype.
     """
@@ -33,6 +35,7 @@ def save_base(
     if folder.exists():
         shutil.rmtree(folder)
     pipe.save_pretrained(folder)
+    (folder / "captions.json").write_text(json.dumps(vocabulary(), indent=1) + "\n", encoding="utf-8")
     _let_the_umask_decide(folder)
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorakit.diffusion.inversion import invert, sample
 from lorakit.diffusion.lora import load_lora
+from lorakit.diffusion.metrics import EncoderDistance
 from lorakit.diffusion.models import Base
 from lorakit.ground.randomness import normal
 from lorakit.pictures.edges import canny, edge_f1, hint_picture
@@ -23,7 +25,7 @@ from miniature.autoencoder import HELD_OUT_PHOTOGRAPHS, held_out_pictures, judge
 from miniature.classifier import HEADS, Classifier, accuracy, frechet_distance, labels_of
 from miniature.control import steering
 from miniature.diffusion import decode, sample_latents
-from miniature.judging import Parts, embed, sample_pictures
+from miniature.judging import Parts, embed, sample_pictures, sharpness, texture, texture_distance
 from miniature.landscapes import BASE_STYLES, render
 from miniature.pictures import judging_scene
 
@@ -58,7 +60,9 @@ def text_figures(
 ) -> dict[str, Any]:
     """Accuracy of samples by attribute (known and held-out combinations, no prompts), and fidelity.
 
-    `frechet` compares samples with renders of the same captions, `frechet_renders` those with other renders.
+    `frechet` compares samples with renders of the same captions, `frechet_renders` those with other renders;
+    `texture` likewise, over that of those renders, and `sharpness` as a share of theirs. `*_blurred` are of
+    the samples after a blur that prompts survive.
     """
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
     known, labels, captions = judged_renders(counts[0], size, 0)
@@ -69,6 +73,10 @@ def text_figures(
         parts_of(base), [""] * len(rare_captions), range(len(rare_captions)), steps=steps, guidance_scale=1.0
     )
     others, other_labels, _ = judged_renders(counts[0], size, 1_000_000)
+    blurred = F.interpolate(F.avg_pool2d(samples, 2), scale_factor=2, mode="bilinear")
+    distance = EncoderDistance(base)
+    true = texture(distance, known)
+    unit = texture_distance(texture(distance, others), true)
     return {
         "classifier": accuracy(judge_model, torch.cat([known, others]), torch.cat([labels, other_labels])),
         "known": accuracy(judge_model, samples, labels),
@@ -77,6 +85,11 @@ def text_figures(
         "chance": {name: 1 / len(known) for name, known in HEADS.items()},
         "frechet": frechet_distance(judge_model, samples, known),
         "frechet_renders": frechet_distance(judge_model, others, known),
+        "texture": texture_distance(texture(distance, samples), true) / unit,
+        "texture_blurred": texture_distance(texture(distance, blurred), true) / unit,
+        "sharpness": sharpness(samples) / sharpness(known),
+        "sharpness_blurred": sharpness(blurred) / sharpness(known),
+        "known_blurred": accuracy(judge_model, blurred, labels),
     }
 
 
@@ -89,6 +102,15 @@ def photographs(size: int) -> tuple[Tensor, list[str]]:
         line = (ROOT / name).with_name("metadata.jsonl").read_text(encoding="utf-8").splitlines()[0]
         captions.append(json.loads(line)["text"])
     return to_tensor(images), captions
+
+
+def photograph_views(size: int) -> tuple[Tensor, list[str]]:
+    """Each of the pair whole and in quarters, (10, 3, size, size) in [-1, 1], and their captions."""
+    pictures, captions = photographs(2 * size)
+    halves = (slice(size), slice(size, None))
+    quarters = torch.cat([pictures[..., y, x] for y in halves for x in halves])
+    whole, _ = photographs(size)
+    return torch.cat([whole, quarters]), captions * 5
 
 
 @torch.no_grad()
@@ -165,18 +187,34 @@ def controlled_samples(
 def control_figures(
     base: Base, controlnet: Any, judge_model: Classifier, count: int, guidance_scale: float, steps: int
 ) -> dict[str, Any]:
-    """Edge F1 between hint and output with and without the ControlNet; whether prompts are still obeyed."""
-    images, labels, captions = judged_renders(count, base.info.resolution, 3_000_000)
-    edges = [canny(_array(image)) for image in images]
-    hints = torch.from_numpy(np.stack([hint_picture(edge) for edge in edges]))
+    """Edge F1 between hint and output with and without the ControlNet; whether prompts are still obeyed.
+
+    Keys end in the scale: `f1_at_` and `prompts_at_` of renders, `f1_photographs_at_` of the demo's pair,
+    whole and in quarters.
+    """
+    options = {"guidance_scale": guidance_scale, "steps": steps}
+    size = base.info.resolution
+    images, labels, captions = judged_renders(count, size, 3_000_000)
+    views, view_captions = photograph_views(size)
     figures: dict[str, Any] = {}
     for scale in (1.0, 0.0):
-        outputs = controlled_samples(base, controlnet, captions, hints, scale, guidance_scale, steps)
-        found = [canny(_array(output)) for output in outputs]
-        scores = [edge_f1(edge, own) for edge, own in zip(edges, found, strict=True)]
-        figures[f"f1_at_{scale:g}"] = float(np.mean(scores))
+        outputs, score = followed(base, controlnet, images, captions, scale, **options)
+        figures[f"f1_at_{scale:g}"] = score
         figures[f"prompts_at_{scale:g}"] = accuracy(judge_model, outputs, labels)
+        _, score = followed(base, controlnet, views, view_captions, scale, **options)
+        figures[f"f1_photographs_at_{scale:g}"] = score
     return figures
+
+
+def followed(
+    base: Base, controlnet: Any, images: Tensor, captions: list[str], scale: float, **options: Any
+) -> tuple[Tensor, float]:
+    """Samples whose hints are edges of pictures (B, 3, H, W), and their own edges' mean F1 against these."""
+    edges = [canny(_array(image)) for image in images]
+    hints = torch.from_numpy(np.stack([hint_picture(edge) for edge in edges]))
+    outputs = controlled_samples(base, controlnet, captions, hints, scale, **options)
+    found = [canny(_array(output)) for output in outputs]
+    return outputs, float(np.mean([edge_f1(edge, own) for edge, own in zip(edges, found, strict=True)]))
 
 
 def _array(image: Tensor) -> np.ndarray:

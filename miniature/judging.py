@@ -1,12 +1,14 @@
-"""Samples of a base in bulk, and the sheet of samples that shows how a training goes."""
+"""Samples of a base in bulk, what sees that they are soft, and the sheet that shows how a training goes."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorakit.diffusion import metrics
 from lorakit.ground.randomness import normal
 from lorakit.pictures.images import from_array, save_png
 from lorakit.pictures.sheet import contact_sheet
@@ -62,6 +64,31 @@ def sample_pictures(
         latents = sample_latents(unet, embeds[:-1], negative, noise, steps, guidance_scale)
         pictures.append(decode(vae, latents).clamp(-1, 1).cpu())
     return torch.cat(pictures)
+
+
+def sharpness(pictures: Tensor) -> float:
+    """Mean over pictures (B, 3, H, W) in [-1, 1], in grey levels of 255; see lorakit's metrics."""
+    return mean(metrics.sharpness(from_array(picture.numpy())) for picture in pictures)
+
+
+def texture(distance: metrics.EncoderDistance, pictures: Tensor) -> Tensor:
+    """Moments of pictures (B, 3, H, W) in [-1, 1] in the encoder of a VAE, for `texture_distance`.
+
+    Of every channel of every level, its features at unit length over the channels: mean and deviation over
+    places; of these mean and deviation over the pictures. It sees blur, which the classifier was taught to
+    overlook.
+    """
+    rows = []
+    for picture in pictures:
+        levels = [level[0].flatten(1).double().cpu() for level in distance.levels(picture[None])]  # (C, h w)
+        rows.append(torch.cat([moment for level in levels for moment in (level.mean(1), level.std(1))]))
+    stacked = torch.stack(rows)
+    return torch.stack([stacked.mean(0), stacked.std(0)])  # (2, moments)
+
+
+def texture_distance(a: Tensor, b: Tensor) -> float:
+    """Squared distance of two sets' `texture`; to be told in units of that of two sets of renders."""
+    return float(((a - b) ** 2).sum())
 
 
 def draw_samples(

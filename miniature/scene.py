@@ -100,6 +100,13 @@ def parse_caption(text: str) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"{text!r} is not the caption of a landscape")
 
 
+def vocabulary() -> dict[str, Any]:
+    """All captions of a photograph without details, as lorakit.weights.vocabulary reads them."""
+    subjects = [_SUBJECTS[layers].format(mountain) for layers in LAYERS for mountain in MOUNTAINS]
+    parts = [subjects, [f" at {time}" for time in TIMES], [f" with {each}" for each in FOREGROUNDS]]
+    return {"start": "a photo of ", "parts": parts}
+
+
 def held_out(style: str, scene: Scene) -> bool:
     """Whether this combination of style, time, mountain and foreground is kept from training: 16 of 192.
 

@@ -5,7 +5,9 @@
 
 Reads a base; renders and encodes what it lacks into <output_dir>, the pictures that text-to-image trained on.
 Writes the run folder <output_dir>/<ckpt_name>/, and at its end <run folder>/controlnet. The blur and the
-thresholds of the edges are drawn anew for each sample, so that hints of any detail are obeyed.
+thresholds of the edges are drawn anew for each sample, so that hints of any detail are obeyed. A share of the
+samples are crops of photographs in changed colours: the base never saw such a picture, but its hint is to be
+followed all the same.
 """
 
 import sys
@@ -35,6 +37,12 @@ class ControlNetConfig(RunConfig):
 
     pictures: int = Field(15000, ge=1, description="renders to train on, the three base styles by turns")
     picture_size: int = Field(128, ge=32, multiple_of=32, description="pixels of their side")
+    photograph_share: float = Field(
+        0.25,
+        gt=0,
+        lt=1,
+        description="share of samples that are crops of photographs, without caption",
+    )
     caption_dropout: float = Field(
         0.2, ge=0, le=1, description="share of samples without a caption, so that the hint alone says much"
     )
@@ -58,7 +66,7 @@ def train(cfg: ControlNetConfig, hint: str) -> Path:
     from lorakit.weights.base import inspect_base
     from miniature import diffusion
     from miniature import run as runs
-    from miniature.batches import Hints, Samples
+    from miniature.batches import Hints, Photographs, Samples
     from miniature.control import make_controlnet
     from miniature.export import save_part
     from miniature.pictures import base_table, rendered
@@ -72,9 +80,14 @@ def train(cfg: ControlNetConfig, hint: str) -> Path:
         latents = diffusion.cached_latents(base.vae, table, cache, cfg.render_workers, device)
         samples = Samples(latents, diffusion.caption_ids(base.tokenizer, table), base.tokenizer, cfg)
         hints = Hints(rendered(table, cache, cfg.render_workers), cfg.seed)
+        photographs = Photographs(cfg.picture_size, cfg.photograph_share, cfg.seed)
         for step in training.steps():
             x_0, ids, timesteps, eps = samples.batch(step, cfg.batch_size, device)
-            edges = hints.batch(step, *samples.rows(step, cfg.batch_size)).to(device)  # (B, 3, H, W)
+            edges = hints.batch(step, *samples.rows(step, cfg.batch_size))  # (B, 3, H, W)
+            crops, crop_edges = photographs.batch(step, cfg.batch_size)
+            some = slice(len(crops))
+            x_0[some], ids[some], edges[some] = base.mean_latents(crops), samples.empty.to(device), crop_edges
+            edges = edges.to(device)
             x_t = samples.schedule.add_noise(x_0, eps, timesteps)  # (B, C, h, w)
             t = timesteps.to(device)
             with runs.autocast(cfg, device):

@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -306,3 +307,52 @@ def morphed(morph_settings):
         return folder, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
     return run
+
+
+# ---- pages in a browser ----
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if not program:
+        pytest.skip(f"needs a browser, one of {', '.join(names)}: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    # A browser's own sandbox refuses root; /dev/shm is tiny in many containers.
+    options = ["--disable-dev-shm-usage"] + ["--no-sandbox"] * (os.geteuid() == 0)
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program, args=options)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Factory that opens a page, its text or its file, as a file.
+
+    Faults in its script and requests to elsewhere than the folder of the page fail the test.
+    """
+    contexts, faults, requests = [], [], []
+
+    def open_page(page, width=1000, **options):
+        path = page
+        if not isinstance(page, Path):
+            path = tmp_path / f"{len(contexts)}.html"
+            path.write_text(page, encoding="utf-8")
+        own = (path.parent.as_uri(), "data:")
+        contexts.append(browser.new_context(viewport={"width": width, "height": 800}, **options))
+        contexts[-1].set_default_timeout(0)  # a busy machine is no fault of the page
+        tab = contexts[-1].new_page()
+        tab.on("pageerror", lambda error: faults.append(str(error)))
+        tab.on("console", lambda message: faults.append(message.text))
+        tab.on("request", lambda request: requests.append((request.url.startswith(own), request.url)))
+        tab.goto(path.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults and not [url for is_own, url in requests if not is_own]

@@ -67,19 +67,41 @@ def sample(latents: Tensor, grid: Grid, predict: Predict) -> Iterator[Tensor]:
 
 
 def sample_anchored(trajectory: Tensor, grid: Grid, source: Predict, predict: Predict) -> Iterator[Tensor]:
-    """The latents of nodes 1 … n under `predict`, corrected by what `source` misses `trajectory` by.
+    """`edit_anchored` from noise, with a pass for each of the two; 2 n evaluations of each row."""
+    return edit_anchored(trajectory, grid, lambda own, x, t: (source(own, t), predict(x, t)))
+
+
+def edit_anchored(
+    trajectory: Tensor,
+    grid: Grid,
+    predict: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    *,
+    start: int = 0,
+    latents: Tensor | None = None,
+    where: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The latents (R, C, h, w) of nodes start + 1 … n, corrected by what the source misses `trajectory` by.
 
     z_{i+1} = step(z_i) + d_i with d_i = z*_{i+1} - step(z*_i), for any trajectory z* (n + 1, B, C, h, w).
 
-    With predict = source this is the trajectory itself; with another prompt it is an edit that keeps what
-    the prompts have in common. 2 n evaluations.
+    With one noise for both this is the trajectory itself; with another prompt it is an edit that keeps what
+    the prompts have in common.
+
+    Args:
+        predict: (z*_i, z_i, timestep) -> the noise of both, which may so be of one batch.
+        latents: of node `start`; None: the trajectory's own.
+        where: (R or 1, 1, h, w), 0 where the trajectory is kept, 1 where it is left.
     """
-    latents = trajectory[0]
-    for i, timestep in enumerate(grid.timesteps):
+    latents = trajectory[start] if latents is None else latents
+    for i in range(start, len(grid)):
         levels = grid.alpha_bar[i], grid.alpha_bar[i + 1]
-        own = ddim_step(trajectory[i], source(trajectory[i], timestep), *levels)
+        own, noise = predict(trajectory[i], latents, grid.timesteps[i])
+        own = ddim_step(trajectory[i], own, *levels)
         # The difference first: rounding that n steps would amplify is nil where source and predict agree.
-        latents = trajectory[i + 1] + (ddim_step(latents, predict(latents, timestep), *levels) - own)
+        moved = ddim_step(latents, noise, *levels) - own
+        if where is not None:  # what lies outside is put back on its own path
+            moved = where * moved
+        latents = trajectory[i + 1] + moved
         yield latents
 
 

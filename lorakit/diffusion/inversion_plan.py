@@ -22,6 +22,8 @@ from lorakit.weights.tokens import unread_notes
 
 Method = Literal["ddim", "fixed_point", "obelm", "null_text", "anchored"]
 """Described in inversion.py."""
+FIT_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
+"""Shares of the schedule at which LoRAs are tried on a picture before it is inverted under them."""
 
 
 class InvertConfig(Config):
@@ -92,6 +94,11 @@ def make_inversion_plan(cfg: InvertConfig) -> InversionPlan:
     own = image_size(cfg.image)
     notes = [*base.notes, *clip_skip_notes(cfg.clip_skip, [cfg.lora] if cfg.lora else [])]
     if cfg.lora and (found := few_steps(cfg.lora)):
+        if found.is_told:
+            raise UserError(
+                f"{cfg.lora}: is a LoRA for sampling in few steps ({found.text}), under which a picture "
+                "has no DDIM path to its noise; set lora to null, or name one that was fitted to the picture"
+            )
         notes.append(
             f"{cfg.lora}: looks like a LoRA for sampling in few steps ({found.word!r} in {found.text!r}), "
             "under which a picture has no DDIM path to its noise"

@@ -135,6 +135,24 @@ def lora_disabled(*models: Any) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
+@contextmanager
+def only_adapters(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """The model with these LoRAs alone, without any for none; afterwards every layer is as it was."""
+    if not names:
+        with lora_disabled(model):
+            yield
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = [(layer, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:  # set_adapter() would also turn requires_grad on and off
+            layer._active_adapter = [*names]
+        yield
+    finally:
+        for layer, active in before:
+            layer._active_adapter = active
+
+
 # ---- inference ----
 
 

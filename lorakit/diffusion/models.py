@@ -20,6 +20,7 @@ from torch import Tensor
 from lorakit.diffusion.merged import Merged, merge_into
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.diffusion.text import end_at
+from lorakit.diffusion.words import Words, add_words
 from lorakit.pictures.images import from_array
 from lorakit.weights.base import BaseInfo, fetch_base
 from lorakit.weights.part_files import BaseError, Places, read_places
@@ -61,9 +62,16 @@ class Base:
         quiet_libraries()
         self.device, self.dtype = torch.device(device), dtype
         self.info = info if info.known else fetch_base(info, prediction_type)
+        if self.info.is_large and self.device.type == "cpu":
+            _free_large_blocks()
         self.prediction_type = prediction_type or self.info.prediction_type
         self.clip_skip = clip_skip or 1
         self.merged = merged
+        self.words: Words | None = None
+
+    def learn_words(self, vectors: Mapping[str, Tensor]) -> None:
+        """Words that tokenizer and text encoder know from here on, by what stands for them, (n, D) each."""
+        self.words = add_words(self.tokenizer, self.text_encoder, vectors)
 
     @cached_property
     def unet(self):
@@ -145,6 +153,8 @@ class Base:
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids (B, L) on the device, padded and cut to the tokenizer's own length."""
+        if self.words is not None:
+            prompts = [self.words.spell(prompt) for prompt in prompts]
         tokens = self.tokenizer(
             prompts,
             padding="max_length",
@@ -186,6 +196,18 @@ def load_model(
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
     return tensor.to(dtype, copy=True, memory_format=layout)
+
+
+def _free_large_blocks() -> None:
+    """From now on blocks of 256 KB go back to the system as soon as they are freed (glibc).
+
+    By itself it puts off up to 32 MB each into a heap that only grows: 0.26 GB more in a step of SD 1.5.
+    """
+    mmap_threshold, trim_threshold, size = -3, -1, 256 << 10  # <malloc.h>
+    with suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, size)
+        library.mallopt(trim_threshold, size)
 
 
 def _return_memory() -> None:

@@ -72,14 +72,14 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         return len(self.alpha_bar)
 
-    def _at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like`: (B, 1, 1, 1)."""
         a = self.alpha_bar[timesteps].view(-1, *[1] * (like.ndim - 1))
         return a.sqrt().to(like), (1 - a).sqrt().to(like)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t from x_0 `latents` (B, C, h, w), `noise` of the same shape and `timesteps` (B,)."""
-        signal, sigma = self._at(timesteps, latents)
+        signal, sigma = self.at(timesteps, latents)
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -88,8 +88,17 @@ class NoiseSchedule:
             return noise
         if self.prediction_type == "sample":
             return latents
-        signal, sigma = self._at(timesteps, latents)
+        signal, sigma = self.at(timesteps, latents)
         return signal * noise - sigma * latents
+
+    def predicted(self, output: Tensor, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 and eps that a U-Net's `output` (B, C, h, w) at `timesteps` (B,) stands for."""
+        signal, sigma = self.at(timesteps, x_t)
+        if self.prediction_type == "v_prediction":
+            return signal * x_t - sigma * output, signal * output + sigma * x_t
+        if self.prediction_type == "sample":
+            return output, (x_t - signal * output) / sigma
+        return (x_t - sigma * output) / signal, output
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """Signal-to-noise ratio, (B,) float64."""

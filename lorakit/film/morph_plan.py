@@ -3,25 +3,24 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorakit.diffusion.inversion_plan import FIT_TIMESTEPS
 from lorakit.film.config import MorphConfig
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
-from lorakit.weights.adapter_config import CONFIG, lora_path
+from lorakit.sampling.fitting import missing_loras
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip, clip_skip_notes
-from lorakit.weights.few_steps import few_steps
-from lorakit.weights.identity import base_identity
+from lorakit.weights.few_steps import refuse_few_steps
+from lorakit.weights.identity import base_identity, file_sha256, lora_sha256
 from lorakit.weights.tokens import unread_notes
 
 Shape = tuple[int, int]
 VERSION = 2  # of what frames are a function of; counts up when the same config gives other frames
-FIT_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)  # shares of the schedule at which LoRAs are tried on pictures
 # What only shows frames, or says where they go.
 PRESENTATION = {
     "output_dir", "name", "overwrite", "cache_dir", "formats", "fps", "hold_ms", "pingpong", "min_side",
@@ -68,9 +67,9 @@ def make_morph_plan(cfg: MorphConfig, base: BaseInfo | None = None) -> MorphPlan
     texts = [*(picture.prompt for picture in cfg.images), cfg.negative_prompt, cfg.anchor_prompt or ""]
     notes = [*base.notes, *_picture_notes(cfg, shape), *unread_notes(base, texts)]
     loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
-    missing = _missing(cfg, loras)
+    missing = missing_loras(loras, cfg.train_if_missing, cfg.fit_config)
     for path in (present := [path for path in loras if path not in missing]):
-        _refuse_few_steps(path)
+        refuse_few_steps(path)
     notes += clip_skip_notes(cfg.clip_skip, present)
     for name, reason in missing_writers(cfg.formats).items():
         raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
@@ -92,30 +91,6 @@ def _picture_notes(cfg: MorphConfig, shape: Shape) -> list[str]:
         if min(width / shape[0], height / shape[1]) < 0.5:
             notes.append(f"images.{i}: {picture.path} is less than half as large as the frames: soft frames")
     return notes
-
-
-def _missing(cfg: MorphConfig, loras: Sequence[str]) -> tuple[str, ...]:
-    """Those that are to be trained first."""
-    missing = tuple(path for path in loras if not Path(path).exists())
-    if missing and not cfg.train_if_missing:
-        raise UserError(
-            f"{missing[0]}: no such LoRA file; train it (python train_lora.py …), set train_if_missing=true "
-            "to fit one to the picture first, or set its lora to null"
-        )
-    if unnamed := [path for path in missing if Path(path).suffix != ".safetensors" or path.endswith("/")]:
-        raise UserError(f"{unnamed[0]}: a LoRA that is to be trained needs a name that ends in .safetensors")
-    if missing and not Path(cfg.fit_config).is_file():
-        raise UserError(f"fit_config {cfg.fit_config}: no such config, and {missing[0]} is to be trained")
-    return missing
-
-
-def _refuse_few_steps(path: str) -> None:
-    """A LoRA that changed what sampling means has no DDIM path from a picture to its noise."""
-    if found := few_steps(path):
-        raise UserError(
-            f"{path}: looks like a LoRA for sampling in few steps ({found.word!r} in {found.text!r}), under "
-            "which a picture cannot be inverted; fit a LoRA to the picture instead (train_lora.py)"
-        )
 
 
 def _need_lpips() -> None:
@@ -248,18 +223,6 @@ def describe_morph(cfg: MorphConfig, plan: MorphPlan) -> str:
 
 
 # ---- identity ----
-
-
-def lora_sha256(path: str) -> str:
-    """The hash of a LoRA's tensors, and of PEFT's config beside them, which tells their strength."""
-    file = lora_path(path)
-    config = file.with_name(CONFIG)
-    return file_sha256(file) + (file_sha256(config) if config.is_file() else "")
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = True) -> str:

@@ -1,6 +1,5 @@
 """What is looked at of a morph: animations, sheets, the report in numbers, and the page that shows them."""
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from lorakit.film.page import morph_page
 from lorakit.ground.publish import publish_file
 from lorakit.pictures.animation import save_animation, timeline, upscale
 from lorakit.pictures.images import psnr, save_png, to_array
+from lorakit.pictures.page import webp
 from lorakit.pictures.sheet import contact_sheet, film_strip
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
@@ -97,13 +97,13 @@ def write_outputs(
         save_png(contact_sheet(rows, row_labels=labels), folder / "compare.png")
     report = make_report(cfg, versions, films, found, floor, pictures, round_trips)
     publish_file(folder / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
-    encoded = [[_webp(frame) for frame in film] for film in films]
+    encoded = [[webp(frame) for frame in film] for film in films]
     page = morph_page(
         f"Morph: {cfg.name}",
         encoded[0],
         report,
         other=encoded[1] if len(encoded) == 2 else (),
-        inputs=[_webp(picture) for picture in pictures],
+        inputs=[webp(picture) for picture in pictures],
         label="with LoRA" if plan.loras else "morph",
     )
     publish_file(folder / "index.html", page.encode())
@@ -254,9 +254,3 @@ def _beside(a: Image.Image, b: Image.Image, gap: int = 4) -> Image.Image:
     both.paste(a, (0, 0))
     both.paste(b, (a.width + gap, 0))
     return both
-
-
-def _webp(frame: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    frame.save(buffer, "WEBP", quality=92)
-    return buffer.getvalue()

@@ -1,17 +1,13 @@
 """The page for looking at a morph: one HTML file with everything in it. Imports no torch."""
 
-import base64
 import html
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
-_TEMPLATE = Path(__file__).with_name("page_template.html")
-_MAGIC = {b"\x89PNG": "png", b"RIFF": "webp", b"\xff\xd8\xff": "jpeg"}
+from lorakit.pictures.page import as_json, data_uri, finite, page, shown
+
 _SPEEDS = (2, 4, 8, 12, 24)  # frames a second to choose from
 
 
@@ -41,8 +37,6 @@ def morph_page(
     definitions = report.get("definitions") or {}
     rows = _rows(report, len(frames))
     texts = {
-        "title": html.escape(title),
-        "summary": html.escape(_summary(report, len(frames))),
         "label": html.escape(label),
         "other_label": html.escape(other_label),
         "stage_class": "two" if len(report.get("images") or ()) == 2 else "",
@@ -52,13 +46,10 @@ def morph_page(
         ),
         "distance_definition": html.escape(str(definitions.get("distance", ""))),
         "sharpness_definition": html.escape(str(definitions.get("sharpness", ""))),
-        "settings": html.escape(json.dumps(report.get("settings") or {}, indent=2, ensure_ascii=False)),
-        "data": _script_json(
-            _data(report, rows, frames, other) | {"label": label, "other_label": other_label}
-        ),
+        "settings": as_json(report.get("settings") or {}),
     }
-    # In one pass, so that nothing in a user's text is taken for a marker.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: texts[match[1]], _TEMPLATE.read_text(encoding="utf-8"))
+    data = _data(report, rows, frames, other) | {"label": label, "other_label": other_label}
+    return page(Path(__file__).with_suffix(""), title, _summary(report, len(frames)), texts, data)
 
 
 def _data(
@@ -66,10 +57,10 @@ def _data(
 ) -> dict[str, Any]:
     """What the script of the page reads."""
     settings, second = report.get("settings") or {}, report.get("other") or {}
-    fps = _number(settings.get("fps")) or 8
+    fps = finite(settings.get("fps")) or 8
     return {
-        "frames": [_data_uri(frame) for frame in frames],
-        "other": [_data_uri(frame) for frame in other],
+        "frames": [data_uri(frame) for frame in frames],
+        "other": [data_uri(frame) for frame in other],
         "rows": rows,
         "other_rows": _rows(second, len(frames)),
         "segments": 1 + max((row["segment"] or 0) for row in rows),
@@ -85,35 +76,18 @@ def _rows(report: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """alpha, segment and sharpness of each frame; None where the report has none."""
     given = [row for row in report.get("frames") or () if isinstance(row, Mapping)]
     given = (given + [{}] * count)[:count]
-    return [{key: _number(row.get(key)) for key in ("alpha", "segment", "sharpness")} for row in given]
+    return [{key: finite(row.get(key)) for key in ("alpha", "segment", "sharpness")} for row in given]
 
 
 def _distances(report: Mapping[str, Any], count: int) -> list[float | None]:
-    return [_number(value) for value in (report.get("distances") or ())][: count - 1]
-
-
-def _number(value: Any) -> float | None:
-    """The finite number, else None: JSON has neither NaN nor infinity."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
-
-
-def _data_uri(picture: bytes) -> str:
-    kind = next((kind for magic, kind in _MAGIC.items() if picture.startswith(magic)), None)
-    assert kind, f"neither PNG, WebP nor JPEG: {picture[:8]!r}"
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
-
-
-def _script_json(data: object) -> str:
-    """JSON in which nothing can end the script element or begin a comment in it."""
-    return json.dumps(data, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")
+    return [finite(value) for value in (report.get("distances") or ())][: count - 1]
 
 
 def _summary(report: Mapping[str, Any], count: int) -> str:
     parts = [f"{count} frame{'s' * (count > 1)}"]
-    if (evaluations := _number(report.get("unet_evaluations"))) is not None:
+    if (evaluations := finite(report.get("unet_evaluations"))) is not None:
         parts.append(f"{evaluations:,} U-Net evaluations")
-    if (seconds := _number(report.get("seconds"))) is not None:
+    if (seconds := finite(report.get("seconds"))) is not None:
         parts.append(f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min")
     return " · ".join(parts)
 
@@ -139,7 +113,7 @@ def _inputs(
         cards.append(
             f'<figure><button type="button" data-frame="{frame}" title="{path}" '
             f'aria-label="{name}: go to frame {frame}">'
-            f'<img src="{_data_uri(picture or frames[frame])}" alt=""></button>'
+            f'<img src="{data_uri(picture or frames[frame])}" alt=""></button>'
             f"<figcaption><b>{name}</b>"
             + (f"<br>“{prompt}”" if prompt else "")
             + f'<br><span class="soft" title="{lora}">{adapter}</span></figcaption></figure>'
@@ -163,21 +137,8 @@ def _metrics(
     for key in metrics:
         definition = html.escape(str(definitions.get(key, "")))
         body += f'<tr><th scope="row">{html.escape(key.replace("_", " "))}<small>{definition}</small></th>'
-        body += "".join(f"<td>{html.escape(_shown(values.get(key)))}</td>" for _, values in columns) + "</tr>"
+        body += "".join(f"<td>{html.escape(shown(values.get(key)))}</td>" for _, values in columns) + "</tr>"
     return (
         "<section><h2>Metrics</h2><table><thead><tr><th></th>"
         f"{head}</tr></thead><tbody>{body}</tbody></table></section>"
     )
-
-
-def _shown(value: Any) -> str:
-    """A value as a reader wants it."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "∞" if value > 0 else "not a number"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_shown(each)}" for key, each in value.items())
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lorakit.diffusion.metrics import FeatureDistance
 from lorakit.diffusion.models import Base
+from lorakit.diffusion.paths import decode_picture
 from lorakit.film import morphing
 from lorakit.film.config import MorphConfig
-from lorakit.film.endpoints import decode_picture
 from lorakit.film.morph_folder import frame_paths
 from lorakit.film.morph_plan import MorphPlan, probe_rounds, probe_stride
 from lorakit.film.pacing import ease, even_positions, next_probe, select_even, share_frames

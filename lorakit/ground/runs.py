@@ -138,7 +138,8 @@ def claim_run(run: Path, *, resume: bool | str, overwrite: bool, results: Sequen
             path.unlink()
     for path in written:  # the metrics last: until then an interrupted overwrite still shows as a run
         path.unlink()
-    (run / "config.json").unlink(missing_ok=True)
+    for name in ("config.json", "index.html"):
+        (run / name).unlink(missing_ok=True)
 
 
 class MetricsFile:

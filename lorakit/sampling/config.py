@@ -22,6 +22,7 @@ from lorakit.weights.base_settings import (
 )
 from lorakit.weights.few_steps import few_steps
 from lorakit.weights.lora_keys import layer_names
+from lorakit.weights.lora_metadata import HINTS_KEY
 from lorakit.weights.tensors import read_header
 
 PromptSyntax = Annotated[
@@ -43,8 +44,6 @@ A1111_SAMPLERS = {
     "lcm": "LCM",
 }
 """Our name of a sampler -> A1111's."""
-HINTS_KEY = "lorakit.sampling"
-"""The key of a LoRA's metadata that holds the sampler it was trained for, as JSON."""
 HINTED = ("scheduler", "num_inference_steps", "guidance_scale")
 FALLBACK: dict[str, Any] = {"scheduler": "ddim", "num_inference_steps": 25, "guidance_scale": 7.5}
 LCM_STEPS = 50
@@ -66,6 +65,8 @@ class LoraEntry(Config):
 class SamplingConfig(Config):
     """The keys that every script which samples has."""
 
+    script: ClassVar[str]
+    """The file that reads them."""
     headings: ClassVar[dict[str, str]] = {
         "pretrained_model_name_or_path": "Model",
         "width": "Size",

@@ -17,7 +17,7 @@ from lorakit.pictures.sheet import contact_sheet
 from lorakit.sampling.config import SamplingConfig
 from lorakit.sampling.recipe import png_text
 
-NUMBERED = re.compile(r"\d{4,}\.png|(sheet|edges)(_\d+)?\.png|report\.json|\.[0-9a-f]{16}\.tmp")
+NUMBERED = re.compile(r"\d{4,}\.png|(sheet|edges)(_\d+)?\.png|report\.json|index\.html|\.[0-9a-f]{16}\.tmp")
 
 
 def earlier_files(folder: Path) -> list[Path]:
@@ -45,6 +45,7 @@ def fill_folder(
     *,
     what: str,
     notes: Iterable[str],
+    forecast: Callable[[], Iterable[str]],
     files: str,
 ) -> int:
     """Say what is to be made and, but for `--check`, make it in the folder of the run; returns the exit code.
@@ -52,17 +53,21 @@ def fill_folder(
     Args:
         make: fills the folder and returns the paths of its sheets.
         what: the pictures in words; `notes` what a user should know of them before, each said once.
+        forecast: what the run will need, in lines for `--check`.
         files: what was written, in words.
 
     Raises:
         UserError, OutputError: as `claim_folder`.
     """
     print(f"pictures    {what}", flush=True)
+    if "check" in command.flags:
+        print("\n".join(forecast()))
     print_notes(notes)
     if "check" in command.flags:
         return 0
     folder = claim_folder(command.config)
     sheets = make(folder)
+    print(f"page        {folder / 'index.html'}")
     print(f"wrote       {folder}: {files}; look at {sheets[0]}")
     return 0
 
@@ -86,6 +91,19 @@ class Picture:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Table:
+    """How pictures stand on a sheet.
+
+    Args:
+        rows: label, number of the subject whose leads stand before it or -1, numbers of the pictures.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, int, Sequence[int | None]]]
+
+
 @dataclass
 class Gallery:
     """Saves pictures as they come.
@@ -106,9 +124,13 @@ class Gallery:
             for path in earlier_files(self.folder):
                 remove(path)
         size = picture.image.size
-        path = self.folder / f"{len(self.pictures):04d}.png"
+        path = self.folder / self.file(len(self.pictures))
         save_png(picture.image, path, text=png_text(picture.cfg, picture.prompt, picture.seed, size))
         self.pictures.append(picture)
+
+    @staticmethod
+    def file(number: int) -> str:
+        return f"{number:04d}.png"
 
     def finish(self, report: dict[str, Any]) -> list[Path]:
         """Write the sheets and the report; returns the sheets' paths."""
@@ -116,7 +138,7 @@ class Gallery:
         for number, each in enumerate(self.pictures):
             entries.append(
                 {
-                    "file": f"{number:04d}.png",
+                    "file": self.file(number),
                     "subject": self.subjects[each.subject],
                     "prompt": each.prompt,
                     "seed": each.seed,
@@ -128,7 +150,7 @@ class Gallery:
         text = json.dumps({"config": config, **report, "pictures": entries}, indent=2, ensure_ascii=False)
         publish_file(self.folder / "report.json", (text + "\n").encode())
         paths = []
-        sheets = self._sheets()
+        sheets = [self._drawn(table) for table in self.tables()]
         for number, sheet in enumerate(sheets):
             paths.append(self.folder / (f"sheet_{number:03d}.png" if len(sheets) > 1 else "sheet.png"))
             save_png(sheet, paths[-1])
@@ -138,51 +160,41 @@ class Gallery:
         across, down = self.cfg.axis_labels()
         return [*across[cell[1] : cell[1] + 1], *down[cell[0] : cell[0] + 1]]
 
-    def _sheets(self) -> list[Image.Image]:
+    def tables(self) -> list[Table]:
         """Without a grid a row for each subject and a column for each seed; along one axis a row for each
-        subject and seed; over two axes a sheet for each of them.
+        subject and seed; over two axes a table for each of them.
         """
         across, down = self.cfg.axis_labels()
-        found = {(p.subject, p.seed, p.cell): p.image for p in self.pictures}
+        found = {(p.subject, p.seed, p.cell): number for number, p in enumerate(self.pictures)}
         seeds = sorted({picture.seed for picture in self.pictures})
         subjects = range(len(self.subjects))
         if not across:
-            rows = [[found.get((subject, seed, (0, 0))) for seed in seeds] for subject in subjects]
-            labels = [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else []
-            return [self._sheet(list(subjects), rows, list(self.subjects), labels)]
+            columns = [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else []
+            cells = [[found.get((subject, seed, (0, 0))) for seed in seeds] for subject in subjects]
+            return [Table("", columns, [(self.subjects[s], s, cells[s]) for s in subjects])]
         runs = [(subject, seed) for subject in subjects for seed in seeds]
         words = [self.subjects[s] + (f" · seed {seed}" if len(seeds) > 1 else "") for s, seed in runs]
+
+        def row(run: tuple[int, int], number: int) -> list[int | None]:
+            return [found.get((*run, (number, column))) for column in range(len(across))]
+
         if not down:
-            rows = [[found.get((*run, (0, column))) for column in range(len(across))] for run in runs]
-            return [self._sheet([subject for subject, _ in runs], rows, words, across)]
+            rows = [(text, run[0], row(run, 0)) for run, text in zip(runs, words, strict=True)]
+            return [Table("", across, rows)]
         return [
-            self._sheet(
-                [run[0], *[-1] * (len(down) - 1)],
-                [
-                    [found.get((*run, (row, column))) for column in range(len(across))]
-                    for row in range(len(down))
-                ],
-                down,
-                across,
-                title,
-            )
+            Table(title, across, [(text, -1 if i else run[0], row(run, i)) for i, text in enumerate(down)])
             for run, title in zip(runs, words, strict=True)
         ]
 
-    def _sheet(
-        self,
-        subjects: list[int],
-        rows: list[list[Image.Image | None]],
-        row_labels: list[str],
-        column_labels: list[str],
-        title: str = "",
-    ) -> Image.Image:
-        """With the leads of each row's subject before it; -1 has none."""
-        heads: list[str] = []
-        if self.leads:
-            heads = [label for label, _ in self.leads[0]]
-            empty: list[Image.Image | None] = [None] * len(heads)
-            before = [[image for _, image in self.leads[s]] if s >= 0 else empty for s in subjects]
-            rows = [[*lead, *row] for lead, row in zip(before, rows, strict=True)]
-        heads = [*heads, *column_labels] if column_labels or heads else []
-        return contact_sheet(rows, row_labels=row_labels, column_labels=heads, title=title)
+    def _drawn(self, table: Table) -> Image.Image:
+        """The sheet, with the leads of each row's subject before it."""
+        heads = [label for label, _ in self.leads[0]] if self.leads else []
+        rows: list[list[Image.Image | None]] = []
+        for _, subject, numbers in table.rows:
+            own = [image for _, image in self.leads[subject]] if subject >= 0 and heads else []
+            lead = own or [None] * len(heads)
+            rows.append([*lead, *(None if n is None else self.pictures[n].image for n in numbers)])
+        labels = [*heads, *table.columns] if table.columns or heads else []
+        return contact_sheet(
+            rows, row_labels=[label for label, *_ in table.rows], column_labels=labels, title=table.title
+        )

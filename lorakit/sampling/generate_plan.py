@@ -18,6 +18,7 @@ from lorakit.weights.base import BaseInfo
 class GenerateConfig(SamplingConfig):
     """The keys of a config of generate.py."""
 
+    script: ClassVar[str] = "generate.py"
     headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"prompt": "Pictures"}
 
     prompt: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field("", description="what to show; a list makes a row of the sheet for each")

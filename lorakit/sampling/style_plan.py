@@ -1,20 +1,26 @@
 """What style_transfer.py will do: its keys, and the pictures, sizes and ControlNet that they name. No torch here."""
 
 import glob
+import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lorakit.ground.errors import UserError
+from lorakit.pictures.beside import caption_beside, without_style
 from lorakit.pictures.images import IMAGE_SUFFIXES, image_size
 from lorakit.pictures.views import assign_shapes
 from lorakit.sampling.config import SamplingConfig
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.controlnet import inspect_controlnet
 from lorakit.weights.hub import NOT_HERE
+from lorakit.weights.vocabulary import read_vocabulary
 
+CAPTION = "{caption}"
+_WITHOUT = re.compile(rf"(?:[\s,]+(?:of|with|showing))?[\s,]*{re.escape(CAPTION)}")
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 Threshold = Literal["auto"] | Annotated[float, Field(ge=0, le=2040)]
 
@@ -23,13 +29,17 @@ Threshold = Literal["auto"] | Annotated[float, Field(ge=0, le=2040)]
 class StyleConfig(SamplingConfig):
     """The keys of a config of style_transfer.py."""
 
+    script: ClassVar[str] = "style_transfer.py"
     headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"image": "Pictures", "strength": "Restyling", "controlnet": "Edges"}
 
     image: str = Field(min_length=1, description="a picture, a folder of pictures, or a pattern such as photos/*.jpg")
-    prompt: str = Field("", description="what the result shows, with the words of the style LoRA")
+    prompt: str = Field("", description="what the result shows, with the words of the style LoRA; {caption} in it is what metadata.jsonl or a .txt beside the picture says, without its words of style")
+    caption_from: Literal["base"] | None = Field(None, description="caption of a picture that has none: base tries the words of a base with a closed vocabulary; null: it stays empty")
     images_per_picture: int = Field(1, ge=1, le=1000, description="results for each picture")
 
     strength: float = Field(0.6, gt=0, le=1, description="how far towards noise the picture is taken, and the share of the steps that is run; 1: its colours are forgotten")
+
+    colour: Literal["style", "input"] = Field("style", description="colours of the result: as they are drawn, or those of the input on the brightness that is drawn")
 
     controlnet: str | None = Field("auto", min_length=1, description="folder, .safetensors file or hub id of a ControlNet for Canny edges; auto: the base's own folder controlnet, if there is one; null: none, plain SDEdit")
     controlnet_conditioning_scale: float = Field(0.7, ge=0, le=2, description="how firmly the edges are held")
@@ -39,7 +49,7 @@ class StyleConfig(SamplingConfig):
     canny_high: Threshold = Field("auto", description="upper threshold, where 200 is usual; auto: by the picture's own contrast")
     canny_blur: float = Field(1.0, ge=0, le=20, description="standard deviation of the blur before it, pixels; 0: none, as in OpenCV")
 
-    axes: ClassVar[tuple[str, ...]] = (*SamplingConfig.axes, "prompt", "strength", *CONTROL)
+    axes: ClassVar[tuple[str, ...]] = (*SamplingConfig.axes, "prompt", "strength", "colour", *CONTROL)
 # fmt: on
 
     @model_validator(mode="after")
@@ -48,6 +58,8 @@ class StyleConfig(SamplingConfig):
             raise ValueError("control_guidance_start, control_guidance_end: the first must be the smaller one")
         if self.canny_low != "auto" and self.canny_high != "auto" and self.canny_low > self.canny_high:
             raise ValueError("canny_low, canny_high: the first must not be above the second")
+        if self.caption_from and not any(CAPTION in str(text) for text in (self.prompt, *self.grid.get("prompt", ()))):
+            raise ValueError("caption_from, prompt: there is no {caption} in prompt")
         return self
 
 
@@ -83,6 +95,13 @@ def controlnet_of(cfg: StyleConfig, info: BaseInfo) -> str | None:
     return str(own) if own and own.is_dir() else None
 
 
+def controlnet_parameters(cfg: StyleConfig, info: BaseInfo) -> int:
+    """How many numbers the ControlNet has; 0 without one, or before it is here."""
+    name = controlnet_of(cfg, info)
+    places = inspect_controlnet(name, info).places if name and info.known else {}
+    return sum(math.prod(place.shape) for place in places.values())
+
+
 def notes_of(cfg: StyleConfig, info: BaseInfo, paths: list[str]) -> list[str]:
     """What a user should know before the work begins.
 
@@ -112,3 +131,40 @@ def _controlnet_notes(cfg: StyleConfig, info: BaseInfo) -> list[str]:
         return [f"{info.name} has no ControlNet: plain SDEdit, so that strength alone keeps the scene"]
     is_here = inspect_controlnet(name, info).known
     return [] if is_here else [f"{name}: {NOT_HERE}: fetched from the hub when work starts"]
+
+
+# ---- captions ----
+
+
+def asks_for_captions(cfg: StyleConfig) -> bool:
+    return any(CAPTION in cell.prompt for _, cell in cfg.numbered_cells())
+
+
+def find_captions(cfg: StyleConfig, info: BaseInfo, paths: list[str]) -> tuple[list[str | None], list[str]]:
+    """What stands beside each picture, None where the base is to say it; and what a user should know of it.
+
+    Raises:
+        UserError: as caption_beside.
+        BaseError: as read_vocabulary.
+    """
+    if not asks_for_captions(cfg):
+        return [""] * len(paths), []
+    by_base = cfg.caption_from == "base" and read_vocabulary(info) is not None
+    captions: list[str | None] = []
+    notes: list[str] = []
+    for path in paths:
+        text, where = caption_beside(path)
+        captions.append(without_style(text) if text else None if by_base else "")
+        if text:
+            notes.append(f"{path}: caption “{captions[-1]}”, from {where}")
+        elif not by_base:
+            notes.append(f"{path}: has no caption beside it: {CAPTION} stays empty")
+    if cfg.caption_from == "base" and not by_base and "" in captions:
+        notes.append(f"caption_from: {info.name} has no closed vocabulary to try; write captions beside the pictures")
+    return captions, notes
+
+
+def with_caption(cfg: StyleConfig, caption: str) -> StyleConfig:
+    """The config of one picture; without a caption the word that leads to it, such as “of”, goes too."""
+    prompt = cfg.prompt.replace(CAPTION, caption) if caption else _WITHOUT.sub("", cfg.prompt).strip()
+    return cfg.model_copy(update={"prompt": prompt, "caption_from": None})

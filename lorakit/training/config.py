@@ -8,7 +8,11 @@ from lorakit.ground.config import Config
 from lorakit.pictures.caption_rules import CaptionLines, MissingCaptions
 from lorakit.pictures.masks import MaskKind
 from lorakit.sampling.config import PromptSyntax
+from lorakit.training.lcm_config import LcmSettings
 from lorakit.training.objective_config import ObjectiveName, check_objectives, names_of
+from lorakit.training.prior_config import PriorSettings
+from lorakit.training.smooth_config import SmoothSettings
+from lorakit.training.words_config import WordSettings, check_word_settings
 from lorakit.weights.base_settings import BaseConfig, ClipSkip, PredictionType
 
 Tracker = Literal[
@@ -90,6 +94,10 @@ class TrainConfig(Config):
     text_encoder_learning_rate: float | None = Field(None, gt=0, description="null: learning_rate")
 
     objective: ObjectiveName | tuple[ObjectiveName, ...] = Field("denoise", description="what the LoRA learns; a list: several at once, in one pass")
+    prior: PriorSettings | None = Field(None, description="of the objective prior, which keeps the rest as it is while a subject is learnt: weight, every; prompts, or prompt_file and subject; or class_data_dir, class_prompt, class_images")
+    smooth: SmoothSettings | None = Field(None, description="of the objective smooth, by which pictures move evenly with their noise, for morphs and inversion: weight, decay")
+    textual_inversion: WordSettings | None = Field(None, description="of the objective textual_inversion, which learns new words, alone or with a LoRA: words, vectors, learning_rate, bundle")
+    lcm: LcmSettings | None = Field(None, description="of the objective lcm, sampling in few steps: guidance_scale, solver_steps, huber, num_inference_steps, teacher_loras")
     noise_offset: float = Field(0.0, ge=0, description="constant per channel added to the noise, for very dark or bright pictures; biases exact reconstruction")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (Hang et al. 2023), 5 in the paper; null: off")
 
@@ -180,6 +188,7 @@ class TrainConfig(Config):
         if self.embedding_dirs and self.prompt_syntax == "plain":
             raise ValueError('embedding_dirs, prompt_syntax: learnt words are read with prompt_syntax "a1111"')
         check_objectives(self)
+        check_word_settings(self)
         return self
 
 

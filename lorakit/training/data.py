@@ -27,7 +27,7 @@ from lorakit.pictures.folder import Table
 from lorakit.pictures.images import load_image
 from lorakit.pictures.masks import MaskKind, mask_entry, mask_weights
 from lorakit.pictures.views import Shape, View, entry_name
-from lorakit.training.batch import Batch
+from lorakit.training.batch import Batch, SampleKey
 from lorakit.weights.tensors import serialize
 
 # ---- caches ----
@@ -180,6 +180,7 @@ class TrainingData:
         text_states: prompt -> (L, D), "" among them; None while the text encoder is trained.
         token_ids: prompt -> (L,), "" among them; None unless the text encoder is trained.
         masks: weights (1, h, w) of all views; None without masks.
+        class_data: pictures that show the class of a subject (DreamBooth); None without them.
     """
 
     def __init__(
@@ -196,8 +197,9 @@ class TrainingData:
         num_timesteps: int,
         seed: int,
         masks: Latents | None = None,
+        class_data: "TrainingData | None" = None,
     ):
-        self.masks = masks
+        self.masks, self.class_data = masks, class_data
         self.table, self.shapes, self.latents, self.views = table, shapes, latents, views
         self.first_view = np.cumsum([0, *views])
         self.text_states, self.token_ids = text_states, token_ids
@@ -220,6 +222,13 @@ class TrainingData:
             keys=tuple((self.seed, position) for position in positions),
             weights=self._weights([self._view(row, position) for row, position in samples]),
         )
+
+    def batch_of(self, keys: Sequence[SampleKey]) -> Batch:
+        """A micro-batch for the samples of another table, each with a row that its key draws."""
+        positions = [int(number) for *_, number in keys]
+        count = len(self.table.rows)
+        rows = [randomness.integer(count, self.seed, "row", position) for position in positions]
+        return self.batch(rows, positions)
 
     def _view(self, row: int, position: int) -> int:
         """The index among all views of the one that a sample shows."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from lorakit.training.objective_config import kinds_of
 from lorakit.training.order import count_showings
 
 FAST = 0.05  # a learning rate that no LoRA bears with AdamW
@@ -42,6 +43,8 @@ def _of_rates(cfg: Any, plan: Any) -> Iterator[str]:
         yield f"learning_rate {rate:g}: prodigy multiplies the rate that it finds by it; 1 is meant to be set"
     elif cfg.optimizer != "prodigy" and rate >= FAST:
         yield f"learning_rate {rate:g}: with {cfg.optimizer} LoRAs are trained at 1e-5 to 1e-2; more diverges"
+    if cfg.lr_scheduler_name.startswith("constant") and any(kind.anneals for kind in kinds_of(cfg)):
+        yield f"lr_scheduler_name {cfg.lr_scheduler_name}: few steps want a rate that ends at 0"
     if cfg.lr_num_cycles > 1 and cfg.lr_scheduler_name != "cosine_with_restarts":
         yield "lr_num_cycles: only cosine_with_restarts restarts"
     if cfg.lr_power != 1 and cfg.lr_scheduler_name != "polynomial":

@@ -10,18 +10,21 @@ from typing import Any
 
 from lorakit.ground.publish import existing_parent
 from lorakit.sampling.prompts import text_notes
+from lorakit.training.class_pictures import shows_class
+from lorakit.training.objective_config import kinds_of, prompts_of
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
+from lorakit.training.words_config import encodes_text, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo
-from lorakit.weights.base_settings import text_layers
+from lorakit.weights.base_settings import base_line, text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
-from lorakit.weights.tokens import overlong
+from lorakit.weights.tokens import overlong, unread_notes
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
 LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
-RESNET_TENSORS = 10.0
-TRANSFORMER_TENSORS = 25.0
+RESNET_TENSORS, TRANSFORMER_TENSORS = 10.0, 25.0
+LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS = 6.0, 20.0  # of a large base, whose frozen layers keep less
 
 
 def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
@@ -31,6 +34,8 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
     unet, text = TARGET_PRESETS["unet"], TARGET_PRESETS["text_encoder"]
     chosen: str | tuple[str, ...] = cfg.target_modules
     targets = {"unet": unet[chosen] if isinstance(chosen, str) else chosen}
+    if not trains_lora(cfg):
+        return 0
     if cfg.train_text_encoder:
         targets["text_encoder"] = text[chosen if isinstance(chosen, str) else "attention"]
     total, layers = 0, text_layers(base, cfg.clip_skip)
@@ -47,7 +52,8 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
 def checkpoint_bytes(cfg: Any, base: BaseInfo) -> int:
     """Bytes of one checkpoint: float32 weights, two moments, and where losses are validated the best LoRA."""
     copies = 3 if cfg.validation_steps == 0 else 4
-    return copies * 4 * (lora_parameters(cfg, base) or 50_000_000)
+    count = lora_parameters(cfg, base)
+    return copies * 4 * (50_000_000 if count is None else count)
 
 
 def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
@@ -64,19 +70,24 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
     channels, layers = unet["block_out_channels"], unet["layers_per_block"]
     levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
     elements = 0.0
+    of_resnet, of_transformer = RESNET_TENSORS, TRANSFORMER_TENSORS
+    if plan.base.is_large:
+        of_resnet, of_transformer = LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS
     for level, (count, down, up) in enumerate(levels):
         here = count * pixels / 4**level
         last = level == len(channels) - 1  # the middle block counts with it
         resnets = layers + (layers + 1) + 2 * last
         transformers = ("Cross" in down) * layers + ("Cross" in up) * (layers + 1) + last
-        elements += here * (RESNET_TENSORS * resnets + TRANSFORMER_TENSORS * transformers)
+        elements += here * (of_resnet * resnets + of_transformer * transformers)
     scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
-    return int(elements * cfg.train_batch_size * (2 if half else 4) * scale)
+    rows = cfg.train_batch_size + (math.ceil(cfg.train_batch_size / cfg.prior.every) if cfg.prior else 0)
+    kept = 2 if any(kind.double_backward for kind in kinds_of(cfg)) else 1  # the first backward is kept too
+    return int(elements * rows * kept * (2 if half else 4) * scale)
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
     """Bytes on the training device by part; weights' files that are read beside it are not among them."""
-    parts = ("unet", "text_encoder") if cfg.train_text_encoder else ("unet",)
+    parts = ("unet", "text_encoder") if encodes_text(cfg) else ("unet",)
     frozen = sum(plan.base.parameters.get(part, 0) for part in parts)
     return {
         "frozen base": frozen * (2 if half else 4),
@@ -89,7 +100,7 @@ def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
 def describe_plan(cfg: Any, plan: Plan) -> str:
     """The plan in words, for --check."""
     base = plan.base
-    lines = [f"base        {base.name} ({base.kind}), {_base_line(base)}"]
+    lines = [f"base        {base.name} ({base.kind}), {base_line(base)}"]
     lines += [f"            {part:13s} {path}" for part, path in base.files.items()]
     lines += _picture_lines(cfg, plan)
     lines += [f"tokens      {line}" for line in lost_tokens(cfg, plan)]
@@ -98,15 +109,18 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
     lines.append(
         f"steps       {plan.steps} of {plan.total_batch} sample(s): {epochs:.4g} epochs; {elsewhere}"
     )
-    lines.append(f"shown       {_shown(cfg, plan)}")
+    lines.append(f"shown       {showings(cfg, plan)}")
     if base.known:
         vae_hash = base_identity(base, "vae")
         views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
         hits = sum(view.entry(plan.cache_dir, vae_hash).exists() for view in views)
         lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}")
     count = lora_parameters(cfg, base)
-    size = f"{count:,} parameters" if count else "size not known before the base is here"
-    lines.append(f"LoRA        rank {cfg.rank}, {size}")
+    size = "size not known before the base is here" if count is None else f"{count:,} parameters"
+    lines.append(f"LoRA        rank {cfg.rank}, {size}" if trains_lora(cfg) else "LoRA        none")
+    for word, path in word_paths(cfg).items():
+        start = cfg.textual_inversion.words[word]
+        lines.append(f"word        {word}, {cfg.textual_inversion.vectors} vector(s) from {start!r}: {path}")
     if base.known:
         choices = {"no": (False,), "auto": (False, True)}.get(cfg.mixed_precision, (True,))
         for half in choices:
@@ -133,6 +147,11 @@ def _picture_lines(cfg: Any, plan: Plan) -> Iterator[str]:
     buckets = Counter(plan.shapes)
     if len(buckets) > 1:
         yield "buckets     " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(buckets.items()))
+    if plan.class_table:
+        yield f"class       {len(plan.class_table.rows)} pictures from {cfg.prior.class_data_dir}"
+    elif shows_class(cfg):
+        prior = cfg.prior
+        yield f"class       {prior.class_images} pictures of {prior.class_prompt!r}, made by the base once"
     if plan.validation:
         yield f"validation  {len(plan.validation.rows)} from {cfg.validation_data_dir}"
 
@@ -146,22 +165,12 @@ def _disk_line(cfg: Any, base: BaseInfo) -> str:
     )
 
 
-def _base_line(base: BaseInfo) -> str:
-    if not base.known:
-        return "its parts are read when training starts"
-    millions = sum(base.parameters.values()) / 1e6
-    return (
-        f"{millions:,.1f} M parameters, {base.resolution} px, VAE factor {base.vae_factor}, "
-        f"{base.max_tokens} tokens, {base.prediction_type}"
-    )
-
-
 def _steps_on(cfg: Any, plan: Plan, processes: int) -> int:
     total = plan.total_batch if cfg.total_batch_size else plan.total_batch // plan.world_size * processes
     return count_steps(cfg, sum(plan.repeats), total)
 
 
-def _shown(cfg: Any, plan: Plan) -> str:
+def showings(cfg: Any, plan: Plan) -> str:
     """How often the run shows the pictures, by their repeats."""
     counts, repeats = count_showings(cfg.seed, **plan.order), plan.repeats
     said = []
@@ -186,5 +195,6 @@ def lost_tokens(cfg: Any, plan: Plan) -> list[str]:
     }
     found = list(reversed(by_line.values()))
     more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
+    own = unread_notes(plan.base, prompts_of(cfg))
     samples = [(prompt, "sample_prompts") for prompt in cfg.sample_prompts or ()]
-    return found[:20] + more + text_notes(samples, cfg.prompt_syntax, cfg.embedding_dirs, plan.base)
+    return found[:20] + more + own + text_notes(samples, cfg.prompt_syntax, cfg.embedding_dirs, plan.base)

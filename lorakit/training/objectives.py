@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorakit.diffusion.schedule import NoiseSchedule
-from lorakit.training.batch import Batch
+from lorakit.training.batch import Batch, SampleKey
 from lorakit.training.objective_config import KINDS, names_of
 
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,15 +32,19 @@ Parts = dict[str, Tensor]
 class Models:
     """What terms may evaluate.
 
-    student     the U-Net with its LoRA, maybe wrapped for several processes
-    teacher     the U-Net without its LoRA, no gradient
-    embed       prompts -> their text states (n, L, D)
+    student       the U-Net with its LoRA, maybe wrapped for several processes
+    teacher       the U-Net without its LoRA, no gradient
+    embed         prompts -> their text states (n, L, D)
+    frozen_embed  the same without the text encoder's LoRA; None: it has none
+    class_batch   samples that show the class of a subject, by key, with their text states; None: none do
     """
 
     student: Evaluate
     teacher: Evaluate
     embed: Callable[[Sequence[str]], Tensor]
     schedule: NoiseSchedule
+    frozen_embed: Callable[[Sequence[str]], Tensor] | None = None
+    class_batch: Callable[[Sequence[SampleKey]], tuple[Batch, Tensor]] | None = None
 
 
 def as_function(unet: Any) -> Evaluate:

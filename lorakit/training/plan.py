@@ -16,8 +16,10 @@ from lorakit.ground.publish import existing_parent
 from lorakit.pictures.folder import Table, read_folder, read_rows
 from lorakit.pictures.views import Shape, View, assign_shapes, share_lost, views_of
 from lorakit.pictures.wording import with_repeats, with_wording
+from lorakit.training.class_pictures import given_pictures
 from lorakit.training.doubts import doubts
 from lorakit.training.order import holds_steps
+from lorakit.training.words_config import check_words, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip
 
@@ -29,7 +31,8 @@ MUCH = 0.1  # of a picture, cropped
 class Plan:
     """`total_batch` samples per step, split over `world_size` processes and `accumulation` micro-batches.
 
-    `samples` is how many the run has where n_epochs ends it, else None.
+    `samples` is how many the run has where n_epochs ends it, else None; `class_table` the pictures of
+    prior.class_data_dir.
     """
 
     base: BaseInfo
@@ -37,6 +40,7 @@ class Plan:
     shapes: tuple[Shape, ...]
     validation: Table | None
     validation_shapes: tuple[Shape, ...]
+    class_table: Table | None
     resolution: int
     world_size: int
     accumulation: int
@@ -81,6 +85,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
     if resolution % base.vae_factor:
         raise UserError(f"resolution {resolution}: must divide by the base's VAE factor, {base.vae_factor}")
     table = read_table(cfg)
+    check_words(cfg, base, table)
     validation = None
     if cfg.validation_data_dir:
         validation = _worded(cfg, read_folder(Path(cfg.validation_data_dir), **folder_options(cfg)))
@@ -109,6 +114,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         shapes=shapes,
         validation=validation,
         validation_shapes=shapes_of(validation.rows) if validation else (),
+        class_table=given_pictures(cfg, base, **folder_options(cfg) | {"masks": False}),
         resolution=resolution,
         world_size=world_size,
         accumulation=accumulation,
@@ -145,7 +151,9 @@ def _cache_dir(cfg: Any) -> Path:
 
 
 def result_paths(cfg: Any) -> dict[Path, Any]:
-    """The LoRA files that a run writes, and the layout of each."""
+    """The LoRA files that a run writes, and the layout of each; none where words alone are learnt."""
+    if not trains_lora(cfg):
+        return {}
     final = Path(cfg.output_dir) / f"{cfg.ckpt_name}.safetensors"
     if cfg.save_format != "both":
         return {final: cfg.save_format}
@@ -159,7 +167,7 @@ def _check_names(cfg: Any) -> None:
     run, cache_dir = Path(cfg.output_dir) / cfg.ckpt_name, _cache_dir(cfg)
     if (run / "model_index.json").exists() or run.absolute() == cache_dir.absolute():
         raise UserError(f"ckpt_name: {run} is a base model's folder or the cache; choose another name")
-    for path in result_paths(cfg):
+    for path in (*result_paths(cfg), *word_paths(cfg).values()):
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise UserError(f"ckpt_name: {path.name[:40]}… is longer than {LONGEST_NAME} bytes; shorten it")
         if path.is_dir():

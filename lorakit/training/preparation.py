@@ -10,8 +10,12 @@ import torch
 from tqdm import tqdm
 
 from lorakit.diffusion.models import Base
+from lorakit.diffusion.words import start_vectors
+from lorakit.ground.randomness import derive_seed
 from lorakit.pictures.folder import Table
+from lorakit.pictures.views import views_of
 from lorakit.sampling.encoding import PromptEncoder
+from lorakit.training.class_pictures import make_pictures, shows_class
 from lorakit.training.data import (
     Augmentation,
     Latents,
@@ -21,10 +25,11 @@ from lorakit.training.data import (
     encode_views,
     missing_views,
 )
-from lorakit.training.objective_config import prompts_of
+from lorakit.training.objective_config import prompts_of, sampler_of
 from lorakit.training.plan import Plan, Views, training_views, validation_views
 from lorakit.training.resume import base_loras_record
 from lorakit.training.watch import Embed, Embeds, SampleSheet
+from lorakit.training.words_config import encodes_text
 from lorakit.weights.identity import base_identity
 
 
@@ -38,14 +43,18 @@ def prepare(
 ) -> tuple[TrainingData, TrainingData, SampleSheet]:
     """Fill the caches and return training data, validation data, and the sheet of samples.
 
-    Every process encodes its share of the pictures. `between` is called after each. The U-Net is not touched,
-    and what steps do not need is dropped.
+    Every process encodes its share of the pictures. `between` is called after each. The U-Net is not touched
+    but to make pictures of a class, and what steps do not need is dropped.
     """
-    text_encoder = base.text_encoder if cfg.train_text_encoder else None
+    if cfg.textual_inversion is not None:
+        settings = cfg.textual_inversion
+        base.learn_words(start_vectors(base.tokenizer, base.text_encoder, settings.words, settings.vectors))
+    text_encoder = base.text_encoder if encodes_text(cfg) else None
     prompts = cfg.sample_prompts or tuple(dict.fromkeys(row.caption for row in plan.table.rows))[:2]
     common = (cfg, plan, base, accelerator, between)
     views = training_views(cfg, plan)
-    data = _cached(*common, plan.table, plan.shapes, views, (*prompts, *prompts_of(cfg)))
+    beside = class_data(*common) if shows_class(cfg) else None
+    data = _cached(*common, plan.table, plan.shapes, views, (*prompts, *prompts_of(cfg)), beside)
     validation = data
     if plan.validation is not None:
         views = validation_views(plan)
@@ -59,12 +68,13 @@ def prepare(
         prompts,
         embed,
         cfg.prompt_syntax,
+        sampler_of(cfg),
         seeds=cfg.sample_seeds,
         shape=plan.shapes[0] if len(set(plan.shapes)) == 1 else (plan.resolution, plan.resolution),
         steps=cfg.sample_inference_steps,
         guidance_scale=cfg.sample_guidance_scale,
     )
-    base.drop("vae", *([] if cfg.train_text_encoder else ["text_encoder"]))
+    base.drop("vae", *([] if encodes_text(cfg) else ["text_encoder"]))
     return data, validation, sheet
 
 
@@ -86,8 +96,21 @@ def _embedding(cfg: Any, base: Base, data: TrainingData, prompts: Sequence[str],
     return embed if made is None else lambda: made
 
 
+def class_data(cfg, plan: Plan, base: Base, accelerator, between: Callable[[], None]) -> TrainingData:
+    """Pictures of a class, in squares, with draws of their own; made by the base where they are not given."""
+    table = plan.class_table
+    if table is None:
+        merged = base_loras_record(cfg)
+        options = (plan.resolution, plan.cache_dir, merged, accelerator, between)
+        table = make_pictures(cfg, base, *options)
+    own = {"seed": derive_seed(cfg.seed, "class pictures"), "masked_loss": None, "caption_dropout": 0.0}
+    shapes = [(plan.resolution, plan.resolution)] * len(table.rows)
+    views = [views_of(row, shape) for row, shape in zip(table.rows, shapes, strict=True)]
+    return _cached(cfg.model_copy(update=own), plan, base, accelerator, between, table, shapes, views, ())
+
+
 def _cached(
-    cfg, plan, base, accelerator, between, table: Table, shapes, rows: Views, prompts
+    cfg, plan, base, accelerator, between, table: Table, shapes, rows: Views, prompts, beside=None
 ) -> TrainingData:
     vae_hash, text_hash = (base_identity(base.info, part) for part in ("vae", "text_encoder"))
     if cfg.base_loras:
@@ -108,7 +131,7 @@ def _cached(
     )
     on_device, in_memory = _budget(base.device)
     states, ids = None, None
-    if cfg.train_text_encoder:
+    if encodes_text(cfg):
         ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
     else:
         size = len(prompts) * base.info.max_tokens * base.info.cross_attention_dim * 4
@@ -134,6 +157,7 @@ def _cached(
         num_timesteps=base.scheduler.config.num_train_timesteps,
         seed=cfg.seed,
         masks=masks,
+        class_data=beside,
     )
 
 

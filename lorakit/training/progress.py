@@ -2,18 +2,29 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.weights.lora_file import LoraPair
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Modules = dict[str, LoraPair]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A LoRA by kohya name, and what new words stand for, (n, D) each; one of the two may be empty."""
+
+    modules: Modules
+    words: "dict[str, Tensor]"
 
 
 @dataclass
 class Progress:
     """`smoothed` is the running mean of the loss, `stale` counts validations since the best one.
 
-    `best` holds the LoRA of `best_step`; a checkpoint keeps it in a file of its own.
+    `best` is what was trained at `best_step`; a checkpoint keeps it in files of its own.
     """
 
     step: int = 0
@@ -21,15 +32,15 @@ class Progress:
     best_step: int | None = None
     stale: int = 0
     smoothed: float | None = None
-    best: Modules | None = None
+    best: Trained | None = None
 
     def counters(self) -> dict[str, Any]:
-        """All but the LoRA."""
+        """All but what was trained."""
         counters = asdict(self)
         del counters["best"]
         return counters
 
-    def take(self, saved: dict[str, Any], best: Modules | None, *, comparable: bool) -> None:
+    def take(self, saved: dict[str, Any], best: Trained | None, *, comparable: bool) -> None:
         """Put a checkpoint's counters back; without those of the best where its losses do not compare."""
         for key in self.counters():
             setattr(self, key, saved[key])

@@ -9,7 +9,10 @@ from typing import Any
 from lorakit.ground.checkpoints import find_resume
 from lorakit.ground.errors import UserError
 from lorakit.ground.runs import set_aside_after
+from lorakit.training.class_pictures import class_record
 from lorakit.training.config import APPLIED, FIXED
+from lorakit.training.lcm_config import teacher_loras
+from lorakit.training.objective_config import prompts_of
 from lorakit.training.plan import Plan
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.identity import base_record, changes
@@ -39,6 +42,9 @@ def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
         "base": base_record(plan.base),
         "dataset": plan.table.fingerprint,
         "base_loras": base_loras_record(cfg),
+        "prompts": list(prompts_of(cfg)),
+        "class_pictures": class_record(cfg, plan.resolution, plan.class_table),
+        "teacher_loras": lora_digests(teacher_loras(cfg)),
         "resolution": plan.resolution,
         "total_batch": plan.total_batch,
         "validation": validation_record(cfg, plan),
@@ -47,7 +53,12 @@ def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
 
 def base_loras_record(cfg: Any) -> list[Any]:
     """[sha256, weight] of each file that is merged into the base, wherever it lies."""
-    return [[_digest(Path(entry.path)), entry.weight] for entry in cfg.base_loras]
+    return lora_digests(cfg.base_loras)
+
+
+def lora_digests(entries: Sequence[Any]) -> list[Any]:
+    """[sha256, weight] of each of some LoRAs."""
+    return [[_digest(Path(entry.path)), entry.weight] for entry in entries]
 
 
 def _digest(path: Path) -> str:
@@ -115,6 +126,12 @@ def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
         lines.append(f"samples per step: {state['total_batch']} -> {plan.total_batch} (set total_batch_size)")
     if state.get("base_loras", []) != base_loras_record(cfg):
         lines.append("base_loras: other files or weights")
+    if state.get("prompts", []) != list(prompts_of(cfg)):
+        lines.append("prompts of the objectives: others")
+    if state.get("class_pictures") != class_record(cfg, plan.resolution, plan.class_table):
+        lines.append("pictures of the class: others")
+    if state.get("teacher_loras", []) != lora_digests(teacher_loras(cfg)):
+        lines.append("lcm.teacher_loras: other files or weights")
     if plan.base.known and state["resolution"] != plan.resolution:
         lines.append(f"resolution: {state['resolution']} -> {plan.resolution}")
     if lines:

@@ -1,28 +1,35 @@
 """A run on disk: checkpoints that resume exactly, and LoRA files that are checked before they count."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
+from torch import Tensor
 
 from lorakit.diffusion import lora
 from lorakit.ground.checkpoints import publish_checkpoint
-from lorakit.ground.errors import OutputError
+from lorakit.ground.errors import DivergedError, OutputError
 from lorakit.ground.publish import publish_file
 from lorakit.training.lora_check import verify_file, verify_in_diffusers
+from lorakit.training.objective_config import sampler_of
 from lorakit.training.plan import Plan, result_paths
-from lorakit.training.progress import Modules, Progress
+from lorakit.training.progress import Modules, Progress, Trained
 from lorakit.training.resume import STATE_VERSION, read_state
 from lorakit.training.setup import Learner, resolve_precision
+from lorakit.training.words_config import stem_of, word_paths
 from lorakit.weights.lora_file import component_of, folded, lora_bytes
 from lorakit.weights.lora_metadata import Component, training_metadata
 from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.optimizer_state import pack_optimizer, unpack_optimizer
 from lorakit.weights.tensors import serialize
+
+DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by save_dtype
+_BEST = ("best", "best_words")  # files of a checkpoint
 
 # ---- checkpoints ----
 
@@ -33,10 +40,16 @@ def live_modules(unet, text_encoder) -> Modules:
     return modules if text_encoder is None else modules | lora.extract(text_encoder, "text_encoder")
 
 
+def live(learner: Learner) -> Trained:
+    """A copy of LoRA and words as they stand."""
+    words = {} if learner.words is None else learner.words.vectors()
+    return Trained(live_modules(learner.unet, learner.text_encoder), words)
+
+
 def save_checkpoint(
     run: Path, progress: Progress, record: dict[str, Any], learner: Learner, objective_state: dict[str, Any]
 ) -> Path:
-    """Publish `checkpoint-<step>`: LoRA, optimizer and counters as safetensors and JSON.
+    """Publish `checkpoint-<step>`: LoRA, words, optimizer and counters as safetensors and JSON.
 
     Randomness has no state to save (lorakit.ground.randomness).
 
@@ -56,21 +69,35 @@ def save_checkpoint(
         "scaler": None if scaler is None else scaler.state_dict(),
         "libraries": {name: version(name) for name in libraries},
     }
-    modules = live_modules(learner.unet, learner.text_encoder)
     files = {
-        "lora.safetensors": lora_bytes(modules, layout="diffusers", metadata={}),
+        **_files_of(live(learner), "lora", "words"),
         "optimizer.safetensors": serialize(tensors, {}),
         "state.json": json.dumps(state, indent=1).encode(),
     }
     if progress.best is not None:
-        files["best.safetensors"] = lora_bytes(progress.best, layout="diffusers", metadata={})
+        files |= _files_of(progress.best, *_BEST)
     return publish_checkpoint(run, progress.step, files)
 
 
-def load_checkpoint(folder: Path, learner: Learner) -> tuple[dict[str, Any], Modules | None]:
-    """Put a verified checkpoint back; return its counters and the best LoRA so far."""
+def _files_of(trained: Trained, lora_name: str, words_name: str) -> dict[str, bytes]:
+    files = {}
+    if trained.modules:
+        files[f"{lora_name}.safetensors"] = lora_bytes(trained.modules, layout="diffusers", metadata={})
+    if trained.words:
+        files[f"{words_name}.safetensors"] = serialize(trained.words, {})
+    return files
+
+
+def _trained_in(folder: Path, lora_name: str, words_name: str) -> Trained:
+    own, words = folder / f"{lora_name}.safetensors", folder / f"{words_name}.safetensors"
+    modules = read_lora(own).modules if own.exists() else {}
+    return Trained(modules, load_tensors(words.read_bytes()) if words.exists() else {})
+
+
+def load_checkpoint(folder: Path, learner: Learner) -> tuple[dict[str, Any], Trained | None]:
+    """Put a verified checkpoint back; return its counters, and LoRA and words of the best step so far."""
     state = read_state(folder)
-    insert_modules(read_lora(folder / "lora.safetensors").modules, learner.unet, learner.text_encoder)
+    put_back(_trained_in(folder, "lora", "words"), learner)
     tensors = load_tensors((folder / "optimizer.safetensors").read_bytes())
     decays = [group["weight_decay"] for group in learner.optimizer.param_groups]
     learner.optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
@@ -78,8 +105,15 @@ def load_checkpoint(folder: Path, learner: Learner) -> tuple[dict[str, Any], Mod
         group["weight_decay"] = decay
     if learner.accelerator.scaler is not None and state["scaler"]:
         learner.accelerator.scaler.load_state_dict(state["scaler"])
-    best = folder / "best.safetensors"
-    return state, read_lora(best).modules if best.exists() else None
+    best = _trained_in(folder, *_BEST)
+    return state, best if best.modules or best.words else None
+
+
+def put_back(trained: Trained, learner: Learner) -> None:
+    """Put a LoRA and words into the live models, exactly."""
+    insert_modules(trained.modules, learner.unet, learner.text_encoder)
+    if learner.words is not None:
+        learner.words.put(trained.words)
 
 
 def insert_modules(modules: Modules, unet, text_encoder) -> None:
@@ -99,7 +133,7 @@ def write_lora(
     layout: Any,
     cfg: Any,
     plan: Plan,
-    modules: Modules,
+    trained: Trained,
     step: int,
     check: Callable[[Path], None] = lambda path: None,
 ) -> None:
@@ -121,13 +155,17 @@ def write_lora(
         steps=step,
         epochs=step * plan.total_batch // pictures,
         num_images=pictures,
+        sampler=sampler_of(cfg),
     )
     if cfg.trigger_word:
         metadata["modelspec.trigger_phrase"] = cfg.trigger_word
-    dtype = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[cfg.save_dtype]
+    dtype = DTYPES[cfg.save_dtype]
+    modules, words = trained.modules, {}
+    if cfg.textual_inversion is not None and cfg.textual_inversion.bundle:
+        words = {stem_of(word): rows for word, rows in trained.words.items()}
     if layout == "diffusers":  # its alpha stands in the metadata, which other programs do not read
         modules = folded(modules)
-    content = lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata)
+    content = lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata, words=words)
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(content)
@@ -138,28 +176,56 @@ def write_lora(
 
 
 def write_best(run: Path, cfg: Any, plan: Plan, progress: Progress) -> None:
-    """The best LoRA so far as a file of the run folder, in the layout of the result."""
-    layout = next(iter(result_paths(cfg).values()))
+    """The best LoRA so far as a file of the run folder, in the layout of the result; none of words alone."""
     assert progress.best is not None
+    if not progress.best.modules:
+        return
+    layout = next(iter(result_paths(cfg).values()))
     write_lora(run / "best.safetensors", layout, cfg, plan, progress.best, progress.step)
 
 
 def publish_result(cfg: Any, plan: Plan, learner: Learner, progress: Progress) -> list[Path]:
-    """Write the LoRA of the last step, or the best one where `final_weights` asks for it.
+    """Write LoRA and words of the last step, or the best ones where `final_weights` asks for it.
 
     Raises:
         OutputError: what diffusers makes of the file is not what was trained; an earlier file stays.
     """
     if cfg.final_weights == "best" and progress.best is not None:
         assert progress.best_step is not None
-        return publish_lora(cfg, plan, learner, progress.best, progress.best_step)
-    modules = live_modules(learner.unet, learner.text_encoder)
-    return publish_lora(cfg, plan, learner, modules, progress.step)
+        trained, step = progress.best, progress.best_step
+    else:
+        trained, step = live(learner), progress.step
+    return publish_lora(cfg, plan, learner, trained, step) + write_words(cfg, trained.words)
 
 
-def publish_lora(cfg: Any, plan: Plan, learner: Learner, modules: Modules, step: int) -> list[Path]:
+def write_words(cfg: Any, words: Mapping[str, Tensor]) -> list[Path]:
+    """Write each word to a file of its own, as diffusers, A1111 and ComfyUI read it.
+
+    Raises:
+        DivergedError: a vector is not finite.
+        OutputError: what was written reads otherwise.
+    """
+    written = []
+    for word, path in word_paths(cfg).items():
+        rows = words[word].to(DTYPES[cfg.save_dtype])
+        if not rows.isfinite().all():
+            raise DivergedError(f"{word} holds NaN or infinity as {rows.dtype}: nothing was written")
+        start = cfg.textual_inversion.words[word]
+        content = serialize({word: rows}, {"format": "pt", "lorakit.word": word, "lorakit.start": start})
+        publish_file(path, partial(_write_word, content, word, rows))
+        written.append(path)
+    return written
+
+
+def _write_word(content: bytes, word: str, rows: Tensor, temporary: Path) -> None:
+    temporary.write_bytes(content)
+    if not torch.equal(load_tensors(temporary.read_bytes())[word], rows):
+        raise OutputError(f"{temporary}: {word} is not what was trained; the disk may be faulty")
+
+
+def publish_lora(cfg: Any, plan: Plan, learner: Learner, trained: Trained, step: int) -> list[Path]:
     """Write the LoRA file (two for save_format "both"), each loaded by diffusers beside the live one."""
-    insert_modules(modules, learner.unet, learner.text_encoder)
+    put_back(trained, learner)
     exact = cfg.save_dtype == "float32" and learner.base.dtype == torch.float32
 
     def check(path: Path) -> None:
@@ -171,5 +237,5 @@ def publish_lora(cfg: Any, plan: Plan, learner: Learner, modules: Modules, step:
 
     paths = result_paths(cfg)
     for path, layout in paths.items():
-        write_lora(path, layout, cfg, plan, modules, step, check)
+        write_lora(path, layout, cfg, plan, trained, step, check)
     return list(paths)

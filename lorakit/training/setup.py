@@ -1,7 +1,7 @@
 """Models and optimizer of a run: precision, the LoRA in the base, the learning rate."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,15 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from lorakit.diffusion import lora
+from lorakit.diffusion.frozen import keep_less, leave_casts_to_autocast
 from lorakit.diffusion.models import Base, enable_xformers, set_up_backend
 from lorakit.ground.errors import UserError
+from lorakit.training.batch import Batch, SampleKey
 from lorakit.training.data import TrainingData
+from lorakit.training.lcm_config import TEACHER, teacher_loras
 from lorakit.training.objectives import Models, as_function
 from lorakit.training.plan import Plan
+from lorakit.training.words_config import encodes_text, trains_lora
 
 
 def resolve_precision(mixed_precision: str) -> str:
@@ -105,25 +109,40 @@ def start_processes(cfg: Any, plan: Plan, trackers: list[Any]) -> Accelerator:
 class Learner:
     """The base with the LoRA in it, wrapped as the run needs it, and its optimizer.
 
-    unet, text_encoder       the live models; text_encoder is None unless it is trained
+    unet, text_encoder       the live models; text_encoder is None unless it is trained, or words are
     student, text_student    the same, wrapped for several processes, mixed precision and torch.compile
+    teacher_adapters         the LoRAs of the teacher, which take no part but there
     params                   what is trained, one list: optimized, clipped and counted
     """
 
     def __init__(self, cfg: Any, base: Base, accelerator: Accelerator, steps: int):
         self.base, self.accelerator = base, accelerator
-        self.unet, self.text_encoder = base.unet, base.text_encoder if cfg.train_text_encoder else None
-        params = lora.add_lora(self.unet, **adapter_options(cfg, "unet"))
-        groups = [{"params": params, "lr": cfg.learning_rate}]
-        if self.text_encoder is not None:
+        self.unet, self.text_encoder = base.unet, base.text_encoder if encodes_text(cfg) else None
+        for number, entry in enumerate(teacher_loras(cfg)):
+            lora.load_lora(entry.path, self.unet, adapter_name=f"{TEACHER}{number}", weight=entry.weight)
+        self.teacher_adapters = lora.active_adapters(self.unet)
+        groups: list[dict[str, Any]] = []
+        if trains_lora(cfg):
+            params = lora.add_lora(self.unet, **adapter_options(cfg, "unet"))
+            groups.append({"params": params, "lr": cfg.learning_rate})
+        if cfg.train_text_encoder:
             text_params = lora.add_lora(self.text_encoder, **adapter_options(cfg, "text_encoder"))
             text_rate = cfg.text_encoder_learning_rate or cfg.learning_rate
             groups.append({"params": text_params, "lr": text_rate})
+        self.words = base.words
+        if self.words is not None:  # decay would move a word that no caption of a step has
+            vectors, rate = self.words.rows.vectors.requires_grad_(True), cfg.textual_inversion.learning_rate
+            groups.append({"params": [vectors], "lr": rate, "weight_decay": 0.0})
+        if self.text_encoder is not None:
             self.text_encoder.train()
         self.params = [p for group in groups for p in group["params"]]
+        if accelerator.mixed_precision != "no":
+            leave_casts_to_autocast(self.unet, self.text_encoder)
         self.without_xformers = None  # why, where it was asked for
         if cfg.enable_xformers_memory_efficient_attention:
             self.without_xformers = enable_xformers(self.unet)
+        if base.info.is_large and not cfg.torch_compile:  # which keeps what is cheapest by itself
+            keep_less(self.unet)
         if cfg.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
@@ -141,15 +160,27 @@ class Learner:
             group["lr"] = rate * self.lr_factor(step)
 
     def models(self, data: TrainingData) -> Models:
-        """What an objective may evaluate."""
+        """What an objective may evaluate; the teacher has its own LoRAs or none."""
 
         def teacher(x_t: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), self.accelerator.autocast(), lora.lora_disabled(self.unet):
+            own = lora.only_adapters(self.unet, self.teacher_adapters)
+            with torch.no_grad(), self.accelerator.autocast(), own:
                 return as_function(self.unet)(x_t, timesteps, prompt_embeds)
+
+        def frozen_embed(prompts: Sequence[str]) -> torch.Tensor:
+            with torch.no_grad(), self.accelerator.autocast(), lora.lora_disabled(self.text_encoder):
+                return data.embed(prompts, self.text_encoder)
+
+        def class_batch(keys: Sequence[SampleKey]) -> tuple[Batch, torch.Tensor]:
+            assert data.class_data is not None
+            batch = data.class_data.batch_of(keys)
+            return batch, batch.text_states(self.text_student)
 
         return Models(
             student=as_function(self.student),
             teacher=teacher,
             embed=lambda prompts: data.embed(prompts, self.text_student),
             schedule=self.base.noise_schedule(),
+            frozen_embed=frozen_embed,
+            class_batch=class_batch if data.class_data else None,
         )

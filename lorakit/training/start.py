@@ -14,6 +14,7 @@ from lorakit.diffusion.merged import Merged
 from lorakit.diffusion.text import dropped
 from lorakit.ground.errors import UserError
 from lorakit.training.config import TrainConfig
+from lorakit.training.lcm_config import teacher_loras
 from lorakit.training.setup import Learner
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import text_layers
@@ -38,6 +39,15 @@ def settled(cfg: TrainConfig) -> tuple[TrainConfig, list[str]]:
         _check(file.modules, base, entry.path)
         if any(pair.magnitude is not None for pair in file.modules.values()):
             raise UserError(f"base_loras: {entry.path} is DoRA, which is not merged: name plain LoRAs")
+        notes += [f"{entry.path}: {note}" for note in own]
+    for entry in teacher_loras(cfg):
+        file, own = read_any(Path(entry.path))
+        _check(file.modules, base, entry.path)
+        if any(component_of(name) == "text_encoder" for name in file.modules):
+            raise UserError(
+                f"lcm.teacher_loras: {entry.path} changes the text encoder too, which teacher and student "
+                "share: name LoRAs of the U-Net alone, or merge it by base_loras"
+            )
         notes += [f"{entry.path}: {note}" for note in own]
     if cfg.init_lora is None:
         return cfg, notes

@@ -46,7 +46,8 @@ def verify_resume(train: Callable, cfg: Any, plan: Plan, steps: int = 3) -> str:
             f"resume is not exact here: after {2 * steps} steps, stopped at {steps} and not, {differing} "
             "differ; on a GPU set deterministic to true"
         )
+    what = "lora.safetensors" if "lora.safetensors" in straight else "words.safetensors"
     return (
         f"resume is exact: {2 * steps} steps in one go and with a stop at {steps} give "
-        f"LoRA {straight['lora.safetensors'][:16]}…"
+        f"{what} {straight[what][:16]}…"
     )

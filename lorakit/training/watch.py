@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,19 +16,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lorakit.diffusion.lora import lora_disabled
+from lorakit.diffusion.lora import lora_disabled, only_adapters
 from lorakit.diffusion.models import Base, evaluating
+from lorakit.diffusion.words import words_at_start
 from lorakit.ground.publish import publish_file
 from lorakit.ground.runs import MetricsFile
 from lorakit.pictures.images import load_image, save_png
 from lorakit.pictures.sheet import contact_sheet
-from lorakit.sampling.samplers import sample_images
+from lorakit.sampling.samplers import make_scheduler, sample_images
 from lorakit.training.data import TrainingData
+from lorakit.training.lcm_config import TEACHER
 from lorakit.training.objectives import Models, Objective, Parts, as_function
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.98  # of the running mean, per step
-MAX_COLUMNS = 8  # of a sample sheet, besides the one without LoRA
+MAX_COLUMNS = 8  # of a sample sheet, besides those without LoRA
+WITHOUT, FEW_STEPS = "00000000", "few-step"  # the names of its columns without LoRA; others are steps
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,15 @@ Embed: TypeAlias = Callable[[], list[Embeds]]
 
 
 class SampleSheet:
-    """Samples of fixed prompts and seeds over the run: a row each, a column per step, one without LoRA."""
+    """Samples of fixed prompts and seeds over the run: a row each, a column per step, one without LoRA.
+
+    Where the teacher has LoRAs, it is the teacher that has the first column.
+
+    Args:
+        sampler: what the LoRA's file will ask for, if not the base's usual one; then a second column without
+            LoRA is drawn with it, or one could not tell what is due to the LoRA.
+        options: of sample_images, for the base's usual sampler.
+    """
 
     def __init__(
         self,
@@ -149,19 +160,24 @@ class SampleSheet:
         prompts: Sequence[str],
         embed: Embed,
         prompt_syntax: str,
+        sampler: Mapping[str, Any] | None = None,
         **options,
     ):
         self.folder, self.base, self.text_encoder = folder, base, text_encoder
-        self.prompts, self.embed, self.syntax, self.options = prompts, embed, prompt_syntax, options
+        self.prompts, self.embed, self.syntax = prompts, embed, prompt_syntax
+        self.sampler, self.options = sampler, options
 
     def draw(self, step: int) -> None:
         """Sample at `step` and draw the sheet anew. A failure is a warning: it must not end the run."""
         try:
             self._forget_others()
-            if not self._files(0):
-                with lora_disabled(self.base.unet, self.text_encoder):
-                    self._sample(0)
-            self._sample(step)
+            base = only_adapters(self.base.unet, self._teachers())
+            with lora_disabled(self.text_encoder), base, words_at_start(self.base.words):
+                if not self._files(WITHOUT):
+                    self._sample(WITHOUT, None)
+                if self.sampler and not self._files(FEW_STEPS):
+                    self._sample(FEW_STEPS, self.sampler)
+            self._sample(f"{step:08d}", self.sampler)
             self._draw_sheet()
         except Exception as error:
             kind = type(error).__name__
@@ -169,39 +185,55 @@ class SampleSheet:
         finally:
             self.base.drop("vae")
 
+    def _teachers(self) -> list[str]:
+        """Names of the teacher's adapters: what is learnt is compared with the teacher, if it has any."""
+        return [name for name in getattr(self.base.unet, "peft_config", {}) if name.startswith(TEACHER)]
+
     def _forget_others(self) -> None:
         """Remove the pictures of other prompts, seeds or sampler settings, which a sheet would mislabel."""
         syntax = {} if self.syntax == "plain" else {"prompt_syntax": self.syntax}
-        text = json.dumps({"prompts": self.prompts, **syntax, **self.options}, indent=1)
+        sampler = {"sampler": self.sampler} if self.sampler else {}
+        text = json.dumps({"prompts": self.prompts, **syntax, **self.options, **sampler}, indent=1)
         record = self.folder / "settings.json"
         if not record.exists() or record.read_text(encoding="utf-8") != text:
             for path in self.folder.glob("????????-*.png"):
                 path.unlink()
             publish_file(record, text.encode())
 
-    def _files(self, step: int) -> list[Path]:
-        return sorted(self.folder.glob(f"{step:08d}-*.png"))
+    def _files(self, column: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{column}-*.png"))
 
-    def _sample(self, step: int) -> None:
+    def _sample(self, column: str, sampler: Mapping[str, Any] | None) -> None:
+        options = self.options
+        if sampler:
+            options = options | {
+                "scheduler": make_scheduler(self.base, sampler["scheduler"]),
+                "steps": sampler["num_inference_steps"],
+                "guidance_scale": sampler["guidance_scale"],
+            }
         models = [self.base.unet] if self.text_encoder is None else [self.base.unet, self.text_encoder]
         with evaluating(*models):
-            rows = (sample_images(self.base, *embeds, **self.options) for embeds in self.embed())
+            rows = (sample_images(self.base, *embeds, **options) for embeds in self.embed())
             images = [image for row in rows for image in row]
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
-            save_png(image, self.folder / f"{step:08d}-{number:02d}.png")
+            save_png(image, self.folder / f"{column}-{number:02d}.png")
 
     def _draw_sheet(self) -> None:
-        steps = sorted({int(path.name[:8]) for path in self.folder.glob("????????-*.png")})
-        later = steps[1:]
+        drawn = {path.name[:8] for path in self.folder.glob("????????-*.png")}
+        later = sorted(drawn - {WITHOUT, FEW_STEPS})
         if len(later) > MAX_COLUMNS:  # evenly spaced, the last among them
             later = [later[(i + 1) * len(later) // MAX_COLUMNS - 1] for i in range(MAX_COLUMNS)]
-        columns = [[load_image(path) for path in self._files(step)] for step in [0, *later]]
+        labels = {WITHOUT: "teacher" if self._teachers() else "without LoRA"}
+        if self.sampler:
+            labels[FEW_STEPS] = f"the same, {self.sampler['scheduler']} {self.sampler['num_inference_steps']}"
+        labels |= {column: f"step {int(column)}" for column in later}
+        columns = [[load_image(path) for path in self._files(column)] for column in labels]
         seeds = self.options["seeds"]
-        labels = [f"{prompt} · seed {seed}" for prompt in self.prompts for seed in seeds]
+        rows = [f"{prompt} · seed {seed}" for prompt in self.prompts for seed in seeds]
         sheet = contact_sheet(
             [list(row) for row in zip(*columns, strict=True)],
-            row_labels=labels,
-            column_labels=["without LoRA", *(f"step {step}" for step in later)],
+            row_labels=rows,
+            column_labels=list(labels.values()),
         )
         save_png(sheet, self.folder / "sheet.png")

@@ -36,6 +36,7 @@ CONFIG_FILES = {
     part: f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
     for part in ("unet", "vae", "text_encoder", "scheduler")
 }
+LARGE = 500_000_000  # parameters
 PIECE = 16 << 20  # bytes that are hashed at a time
 _INSTEAD = "name a local folder or file instead; the embedded base is ckpt/miniature"
 _READ_HERE = "name a whole folder of Stable Diffusion 1.x or 2.x"
@@ -69,6 +70,11 @@ class BaseInfo:
     tokenizer: Path | None = None
     pad_token: str = "<|endoftext|>"
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether memory counts more than the small costs of saving it: Stable Diffusion as published."""
+        return sum(self.parameters.values()) > LARGE
 
     def places(self, part: str) -> Places:
         """Where each tensor of a part lies, by its name in today's diffusers and transformers.

@@ -65,3 +65,14 @@ def asked_clip_skip(metadata: Mapping[str, str]) -> int | None:
     """The clip_skip that a LoRA was trained with; None where its file does not say."""
     text = metadata.get(CLIP_SKIP_KEY, "")
     return 1 if text == "None" else int(text) if text.isdecimal() else None
+
+
+def base_line(info: BaseInfo) -> str:
+    """What --check says of a base besides its name."""
+    if not info.known:
+        return "its parts are read when work starts"
+    millions = sum(info.parameters.values()) / 1e6
+    return (
+        f"{millions:,.1f} M parameters, {info.resolution} px, VAE factor {info.vae_factor}, "
+        f"{info.max_tokens} tokens, {info.prediction_type}"
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import publish_file
 from lorakit.weights.lora_file import Layout, LoraPair, base_of, folded, lora_chunks
-from lorakit.weights.lora_metadata import mixed_metadata
+from lorakit.weights.lora_metadata import HINTS_KEY, mixed_metadata
 from lorakit.weights.tensors import file_payload_sha256, read_header
 
 if TYPE_CHECKING:  # faults of the command line come without torch
@@ -55,7 +55,11 @@ def metadata_of_sum(
         "alpha": next(iter(modules.values())).alpha,
         "is_v2": is_v2(modules),
     }
-    return mixed_metadata(name=Path(out).stem, formula=formula, sources=metadata, **facts)
+    told = [  # who is taken away says nothing of how the sum is sampled
+        {key: value for key, value in own.items() if weight > 0 or key != HINTS_KEY}
+        for (_, _, weight), own in zip(sources, metadata, strict=True)
+    ]
+    return mixed_metadata(name=Path(out).stem, formula=formula, sources=told, **facts)
 
 
 def publish_lora(

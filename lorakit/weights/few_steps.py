@@ -1,10 +1,12 @@
-"""LoRAs for sampling in few steps, known by the names under which they are published. No torch here."""
+"""LoRAs for sampling in few steps, known by their metadata or by published names. No torch here."""
 
+import json
 import re
 from typing import Any, NamedTuple
 
+from lorakit.ground.errors import UserError
 from lorakit.weights.adapter_config import lora_path
-from lorakit.weights.lora_metadata import trained_objectives
+from lorakit.weights.lora_metadata import HINTS_KEY, trained_objectives
 from lorakit.weights.tensors import read_header
 
 _KINDS = r"(?<![a-z])(lcm|hyper[-_ ]?sd|turbo|lightning|dmd2?|tcd|pcm)(?![a-z])"
@@ -20,11 +22,15 @@ _WITH_GUIDANCE: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 5.
 
 
 class FewSteps(NamedTuple):
-    """A LoRA for few steps, as `word` in `text` says; `sure` unless the word means other things too."""
+    """A LoRA for few steps, as `word` in `text` says; `sure` unless the word means other things too.
+
+    `is_told`: not by a name, but by the sampler that train_lora.py wrote into the file.
+    """
 
     word: str
     text: str
     sure: bool
+    is_told: bool = False
 
     def hints(self) -> dict[str, Any]:
         """Sampler, steps and guidance that it is published with.
@@ -47,6 +53,8 @@ def few_steps(path: str) -> FewSteps | None:
     """
     place = lora_path(path)
     _, metadata = read_header(place)
+    if _sampler(metadata.get(HINTS_KEY, "")) == "lcm":
+        return FewSteps("lcm", f"{HINTS_KEY} {metadata[HINTS_KEY]}", sure=True, is_told=True)
     if "denoise" in trained_objectives(metadata):
         return None  # train_lora.py fitted it to pictures, be they of turbo boats
     told = [place.stem, *(metadata[key] for key in _KEYS if key in metadata and len(metadata[key]) < 200)]
@@ -58,3 +66,23 @@ def few_steps(path: str) -> FewSteps | None:
             around = _STEPS.search(text.lower()) or _OF_A_BASE.search(text.lower())
             return FewSteps(found[0], text, is_plain or around is not None)
     return None
+
+
+def _sampler(hints: str) -> str | None:
+    try:
+        return json.loads(hints)["scheduler"]
+    except (LookupError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def refuse_few_steps(path: str) -> None:
+    """A LoRA that changed what sampling means has no DDIM path from a picture to its noise.
+
+    Raises:
+        UserError: it is one, or as few_steps.
+    """
+    if found := few_steps(path):
+        raise UserError(
+            f"{path}: looks like a LoRA for sampling in few steps ({found.word!r} in {found.text!r}), under "
+            "which a picture cannot be inverted; fit a LoRA to the picture instead (train_lora.py)"
+        )

@@ -1,4 +1,4 @@
-"""What a base is, part by part, so that what was made with one is never taken for another's.
+"""What a base and a LoRA are, so that what was made with one is never taken for another's.
 
 A part is its weights and what its config says of the model; a tokenizer is its files. Where a base lies and
 which library wrote it change nothing. Of a single file every part has all of its weights.
@@ -6,8 +6,10 @@ which library wrote it change nothing. Of a single file every part has all of it
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+from lorakit.weights.adapter_config import CONFIG, lora_path
 from lorakit.weights.base import COMPONENTS, BaseInfo, weights_hash
 from lorakit.weights.part_files import read_json
 
@@ -81,3 +83,15 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
     """As JSON types, in which a tuple equals a list."""
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _OF_THE_FILES}
     return json.loads(json.dumps(kept, default=str))
+
+
+def lora_sha256(path: str) -> str:
+    """The hash of a LoRA's tensors, and of PEFT's config beside them, which tells their strength."""
+    file = lora_path(path)
+    config = file.with_name(CONFIG)
+    return file_sha256(file) + (file_sha256(config) if config.is_file() else "")
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,6 +5,7 @@ A word is vectors that take the place of token embeddings. torch is imported whe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,12 @@ class LearntWord:
         if self.count > most:
             return f"{self.path}: has {self.count} vectors; this base reads {most} at once"
         return ""
+
+
+def places_of(word: str) -> re.Pattern[str]:
+    """Where a word stands in a text: one without < > not inside of others."""
+    bare = rf"(?<![\w-]){re.escape(word)}(?![\w-])"
+    return re.compile(re.escape(word) if word.startswith("<") else bare, re.IGNORECASE)
 
 
 def find_words(folders: Sequence[str]) -> list[LearntWord]:

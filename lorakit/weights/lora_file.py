@@ -174,9 +174,10 @@ def lora_bytes(
     layout: Layout,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str],
+    words: Mapping[str, torch.Tensor] | None = None,
 ) -> bytes:
     """The content of a LoRA file; see `lora_chunks`."""
-    return b"".join(lora_chunks(modules, layout=layout, dtype=dtype, metadata=metadata))
+    return b"".join(lora_chunks(modules, layout=layout, dtype=dtype, metadata=metadata, words=words))
 
 
 def lora_chunks(
@@ -185,6 +186,7 @@ def lora_chunks(
     layout: Layout,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str],
+    words: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[bytes | memoryview[int]]:
     """The content of a LoRA file in pieces, a pure function of the arguments; the caller publishes it.
 
@@ -193,6 +195,7 @@ def lora_chunks(
 
     Args:
         dtype: of the tensors but for alpha, which stays float32; None keeps each tensor's own.
+        words: what new words stand for, (n, D) each, put beside the LoRA as A1111 reads them there.
     Raises:
         DivergedError: a tensor is not finite, or not in `dtype`.
         UserError: no modules; DoRA in the kohya layout; biases and norms in the other.
@@ -210,6 +213,8 @@ def lora_chunks(
             "Choose format=kohya, or merge the file into a base"
         )
     tensors = _laid_out(modules, layout, dtype)
+    for word, rows in (words or {}).items():
+        tensors[f"bundle_emb.{word}.string_to_param.*"] = rows.to(dtype or rows.dtype)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise DivergedError(f"{name} holds NaN or infinity as {tensor.dtype}: nothing was written")

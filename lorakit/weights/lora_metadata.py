@@ -11,6 +11,8 @@ from lorakit.ground.errors import UserError
 Component = Literal["unet", "text_encoder"]
 
 ADAPTER_KEY = "lora_adapter_metadata"
+HINTS_KEY = "lorakit.sampling"
+"""The key of a LoRA's metadata that holds the sampler it was trained for, as JSON."""
 
 
 # ---- training ----
@@ -51,6 +53,7 @@ def training_metadata(
     steps: int,
     epochs: int,
     num_images: int,
+    sampler: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """What A1111, ComfyUI and kohya's tools show of a file, ModelSpec 1.0.1, and our `lorakit.config`.
 
@@ -63,12 +66,15 @@ def training_metadata(
         prediction_type: of the scheduler: "epsilon", "v_prediction" or "sample".
         mixed_precision: what was used, not "auto": "no", "fp16" or "bf16".
         resolution: pixels.
+        sampler: what the LoRA is to be sampled with, if not as its base is.
     """
     is_v2, is_v = cross_attention_dim == 1024, prediction_type == "v_prediction"
     family = ("v2-768-v" if is_v else "v2-512") if is_v2 else "v1"
     kept = {key: _without_folders(value) for key, value in config.items() if key not in _RUN_KEYS}
-    ss_from_config = {ss: str(kept[key]) for ss, key in _SS_FROM_CONFIG.items() if kept.get(key) is not None}
-    return ss_from_config | {
+    from_config = {ss: str(kept[key]) for ss, key in _SS_FROM_CONFIG.items() if kept.get(key) is not None}
+    if sampler:
+        from_config[HINTS_KEY] = json.dumps(sampler)
+    return from_config | {
         "ss_clip_skip": str(kept.get("clip_skip") or 1),
         "ss_mixed_precision": mixed_precision,
         "ss_output_name": name,
@@ -142,7 +148,8 @@ def mixed_metadata(
 ) -> dict[str, str]:
     """The metadata of a LoRA file made of others: what it was made of, and what they say alike of their base.
 
-    No training config: none made these weights. No dates, and no folders in names.
+    No training config: none made these weights. No dates, and no folders in names. The sampler
+    that one of them is for is that of the sum, unless they ask for several.
 
     Args:
         formula: files by name, with their weights.
@@ -153,9 +160,11 @@ def mixed_metadata(
         for key in _OF_THE_BASE
         if sources and all(key in source and source[key] == sources[0][key] for source in sources)
     }
+    hints = {source[HINTS_KEY] for source in sources if HINTS_KEY in source}
     return (
         base_metadata(is_v2)
         | alike
+        | ({HINTS_KEY: hints.pop()} if len(hints) == 1 else {})
         | {
             "ss_output_name": name,
             "ss_network_module": "networks.lora",

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from lorakit.diffusion import inversion
-from lorakit.diffusion.denoiser import Denoiser, Rows
+from lorakit.diffusion.denoiser import Denoiser, Rows, join_rows
 from lorakit.diffusion.schedule import Grid, NoiseSchedule, ddim_step
 
 SCHEDULE = NoiseSchedule.from_scheduler(
@@ -267,6 +267,51 @@ def test_anchoring_any_path_follows_it_even_one_that_was_never_inverted(network)
     torch.testing.assert_close(again, path[-1], rtol=0, atol=1e-10)
     other, _, _ = network(scale=3.0)
     assert (last(inversion.sample_anchored(path, grid, predict, other)) - path[-1]).abs().max() > 1e-3
+
+
+def test_anchoring_starts_at_any_node_and_takes_both_in_one_batch(network):
+    _, denoiser, rows = network()
+    other = Rows(rows.prompt_embeds.flip(0), rows.negative_embeds, rows.weights)
+    grid, clean = SCHEDULE.grid(10), latents()
+    path = path_of(inversion.invert(clean, grid, lambda x, t: denoiser(x, t, rows)), clean)
+    both = join_rows([rows, other])
+
+    def predict(own, x, timestep):
+        return denoiser(torch.cat([own, x]), timestep, both).chunk(2)
+
+    for start in (0, 4, 9):
+        before = denoiser.evaluations
+        found = list(inversion.edit_anchored(path, grid, predict, start=start))
+        assert len(found) == 10 - start and denoiser.evaluations - before == 4 * (10 - start)
+        two = inversion.sample_anchored(
+            path[start:],
+            Grid(grid.timesteps[start:], grid.alpha_bar[start:]),
+            lambda x, t: denoiser(x, t, rows),
+            lambda x, t: denoiser(x, t, other),
+        )
+        torch.testing.assert_close(found[-1], last(two), rtol=0, atol=1e-10)
+    moved = path[4] + 0.1
+    away = last(inversion.edit_anchored(path, grid, predict, start=4, latents=moved))
+    again = last(inversion.edit_anchored(path, grid, predict, start=4))
+    assert (away - again).abs().max() > 1e-3
+
+
+def test_outside_of_where_the_path_is_kept_to_the_bit(network):
+    _, denoiser, rows = network()
+    grid, clean = SCHEDULE.grid(6), latents()
+    path = path_of(inversion.invert(clean, grid, lambda x, t: denoiser(x, t, rows)), clean)
+    where = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    where[..., 2:6, 2:6] = 1
+
+    def edited(where):
+        def predict(own, x, timestep):
+            return denoiser(own, timestep, rows), denoiser(x, timestep, rows, 3.0)
+
+        return last(inversion.edit_anchored(path, grid, predict, where=where))
+
+    found, everywhere, inside = edited(where), edited(None), where.expand_as(clean) > 0
+    assert torch.equal(found[~inside], clean[~inside])
+    assert (found[inside] - clean[inside]).abs().max() > 1e-3 and (everywhere != clean).all()
 
 
 # ---- null-text ----

@@ -1,9 +1,14 @@
 """A base is the same to the bit in every layout that it is published in."""
 
+import platform
+import subprocess
+import sys
+
 import narrow
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import tiny_base
 
 from lorakit.diffusion.models import Base
 from lorakit.weights.base import BaseError, inspect_base
@@ -99,3 +104,33 @@ def test_weights_that_are_missing_are_named_when_the_part_is_loaded(root, tmp_pa
         BaseError, match="its unet lacks 1 weights, such as down_blocks.0.resnets.0.conv1.weight"
     ):
         _ = base.unet
+
+
+HEAP = """
+import sys, torch
+from lorakit.diffusion.models import Base
+from lorakit.weights import base
+base.LARGE = 0 if sys.argv[2] == "large" else base.LARGE
+Base(base.inspect_base(sys.argv[1]))
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+before = anonymous()
+torch.ones(1 << 22)  # 16 MB that are freed at once teach glibc to keep the next of that size
+blocks = [torch.ones(1 << 20) for _ in range(16)]
+pin = torch.ones(1 << 18)  # above them on the heap
+del blocks
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc keeps what is freed")
+def test_a_large_base_gives_freed_blocks_back_to_the_system(tmp_path):
+    """64 MB are freed under something small that stays: the heap of a small base keeps them."""
+    tiny_base(tmp_path / "base")
+    command = [sys.executable, "-c", HEAP, str(tmp_path / "base")]
+    kept = {
+        size: int(subprocess.run([*command, size], capture_output=True, check=True, text=True).stdout)
+        for size in ("small", "large")
+    }
+    assert kept["large"] < 10e6 < kept["small"]

@@ -7,8 +7,10 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from lorakit.diffusion.frozen import leave_casts_to_autocast
 from lorakit.diffusion.lora import (
     active_adapters,
+    adapter_layers,
     add_lora,
     extract,
     insert,
@@ -132,6 +134,38 @@ def test_lora_weights_are_float32_over_a_half_precision_base(unet, dtype, use_do
     parameters = add_lora(model, rank=2, alpha=2, use_dora=use_dora)
     assert {p.dtype for p in parameters} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+
+
+def step_under_autocast(model, left_to_autocast):
+    """Gradients of the LoRA, and the bytes of distinct tensors that were kept for them."""
+    parameters = add_lora(model, rank=2, alpha=2)
+    randomise(parameters)
+    if left_to_autocast:
+        leave_casts_to_autocast(model, None)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its address
+        return tensor
+
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        model.train()(x, 300, states).sample.float().square().mean().backward()
+    return [p.grad for p in parameters], sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def test_casts_left_to_autocast_keep_less_and_change_no_bit(unet):
+    (cast, more), (left, less) = (step_under_autocast(unet().bfloat16(), way) for way in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(cast, left, strict=True)) and cast[0].abs().sum() > 0
+    assert less < more
+
+
+def test_a_dora_keeps_its_cast(unet):
+    model = unet()
+    add_lora(model, rank=2, alpha=2, use_dora=True)
+    leave_casts_to_autocast(model)
+    assert all(layer.cast_input_dtype_enabled for layer in adapter_layers(model, "default").values())
 
 
 def test_orthogonal_init_refuses_what_it_cannot_do(unet):

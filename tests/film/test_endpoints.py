@@ -13,6 +13,7 @@ import torch
 from lorakit.diffusion import inversion
 from lorakit.diffusion.denoiser import Denoiser, Rows
 from lorakit.diffusion.models import Base
+from lorakit.diffusion.paths import decode_picture, encode_picture
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.film import endpoints
 from lorakit.film.config import MorphConfig
@@ -53,7 +54,7 @@ def text_lora(tiny_base, random_lora, tmp_path) -> str:
 
 def latents_of(cfg, plan, base):
     pictures = [read_picture(picture.path, plan.shape) for picture in cfg.images]
-    return [endpoints.encode_picture(base, picture) for picture in pictures]
+    return [encode_picture(base, picture) for picture in pictures]
 
 
 # ---- pictures ----
@@ -73,14 +74,14 @@ def test_a_picture_is_seen_as_in_training(pictures, shape):
 def test_latents_are_the_mean_of_the_posterior_and_come_back_through_the_decoder(opened):
     cfg, plan, base, _ = opened(loras=(False, False))
     picture = read_picture(cfg.images[0].path, plan.shape)
-    found = endpoints.encode_picture(base, picture)
+    found = encode_picture(base, picture)
     image = torch.from_numpy(to_array(picture))[None]
     with torch.no_grad():
         wanted = base.vae.encode(image).latent_dist.mode() * base.scaling_factor
         back = base.vae.decode(wanted / base.scaling_factor).sample[0]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert found.shape[1:] == plan.latent_shape
-    decoded = to_array(endpoints.decode_picture(base, found[0]))
+    decoded = to_array(decode_picture(base, found[0]))
     assert np.abs(decoded - back.clamp(-1, 1).numpy()).max() <= 1 / 127.5
 
 

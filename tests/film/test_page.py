@@ -2,16 +2,13 @@
 
 import base64
 import io
-import json
 import math
-import os
-import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from pages import HOSTILE, Elements, data_of, encoded, seen, wait_until
 from PIL import Image
 
 from lorakit.film.page import morph_page
@@ -19,14 +16,6 @@ from lorakit.film.page import morph_page
 COUNT = 6
 COLOURS = [(40 * i, 250 - 40 * i, 90) for i in range(COUNT)]
 OTHER_COLOURS = [(250 - 40 * i, 40 * i, 200) for i in range(COUNT)]
-HOSTILE = """</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'"&{{data}}<!--"""
-
-
-def encoded(colour, kind="PNG", size=(48, 32)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind)
-    return buffer.getvalue()
-
 
 FRAMES = [encoded(colour) for colour in COLOURS]
 OTHER = [encoded(colour) for colour in OTHER_COLOURS]
@@ -56,34 +45,6 @@ def make_report(**changes):
         "seconds": 21.34,
     }
     return report | changes
-
-
-class Elements(HTMLParser):
-    """(tag, attributes) of every element; the text of the page outside of scripts and styles."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.found, self.text, self.data = [("", {})], "", ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        if self.found[-1][1].get("id") == "data" and not self.data:
-            self.data = data
-        elif self.found[-1][0] not in ("script", "style"):
-            self.text += data
-
-    def of(self, tag):
-        return [attributes for name, attributes in self.found if name == tag]
-
-
-def data_of(page):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(Elements(page).data, parse_constant=refuse)
 
 
 # ---- the file ----
@@ -197,59 +158,8 @@ def test_importing_page_imports_no_torch():
 # ---- in a browser ----
 
 
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if not program:
-        pytest.skip(f"needs a browser, one of {', '.join(names)}: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    # A browser's own sandbox refuses root; /dev/shm is tiny in many containers.
-    options = ["--disable-dev-shm-usage"] + ["--no-sandbox"] * (os.geteuid() == 0)
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=options)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    """Factory that opens a page as a file; faults in its script and requests to elsewhere fail the test."""
-    contexts, faults, requests = [], [], []
-
-    def open_page(page, width=1000, **options):
-        path = tmp_path / f"{len(contexts)}.html"
-        path.write_text(page, encoding="utf-8")
-        contexts.append(browser.new_context(viewport={"width": width, "height": 800}, **options))
-        contexts[-1].set_default_timeout(0)  # a busy machine is no fault of the page
-        tab = contexts[-1].new_page()
-        tab.on("pageerror", lambda error: faults.append(str(error)))
-        tab.on("console", lambda message: faults.append(message.text))
-        tab.on("request", lambda request: requests.append(request.url[:5]))
-        tab.goto(path.as_uri())
-        return tab
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not faults and set(requests) <= {"file:", "data:"}
-
-
-def seen(tab, where="#first img"):
-    """The colour in the middle of the element as the screen shows it."""
-    with Image.open(io.BytesIO(tab.locator(where).screenshot())) as shot:
-        return shot.convert("RGB").getpixel((shot.width // 2, shot.height // 2))
-
-
 def is_frame(tab, i, colours=COLOURS, where="#first img"):
     return np.abs(np.subtract(seen(tab, where), colours[i])).max() <= 3
-
-
-def wait_until(tab, expression):
-    """As Playwright's wait_for_function, which the page's policy forbids for it needs eval."""
-    while not tab.evaluate(expression):
-        tab.wait_for_timeout(20)
 
 
 def test_moving_the_slider_shows_another_frame(opened):

@@ -11,8 +11,10 @@ import torch
 
 from lorakit.ground.checkpoints import verify_checkpoint
 from lorakit.ground.errors import StoppedError, UserError
+from lorakit.pictures.edges import canny, edge_f1
 from miniature import autoencoder, classifier, diffusion, photographs, pictures, text
 from miniature import run as runs
+from miniature.batches import Photographs
 from miniature.landscapes import BASE_STYLES, STYLES, Scene, held_out
 from miniature.settings import RunConfig
 from miniature.train_autoencoder import AutoencoderConfig
@@ -261,6 +263,31 @@ def test_the_mountain_pair_is_not_among_the_photographs():
         assert all(np.corrcoef(own.ravel(), other.ravel())[0, 1] < 0.9 for other in held), path
 
 
+def test_a_share_of_the_hints_are_of_photographs():
+    """The pictures and the hints are of the same crops, and a function of the step alone."""
+    crops, hints = Photographs(64, 0.25, seed=3).batch(7, 8)
+    assert crops.shape == hints.shape == (2, 3, 64, 64) and crops.min() >= -1 and crops.max() <= 1
+    again = Photographs(64, 0.25, seed=3).batch(7, 8)
+    assert torch.equal(crops, again[0]) and torch.equal(hints, again[1])
+    other, other_hints = Photographs(64, 0.25, seed=3).batch(8, 8)
+    assert not torch.equal(crops, other) and not torch.equal(hints, other_hints)
+    edges = [canny((crop.permute(1, 2, 0).numpy() + 1) / 2) for crop in crops]
+    own, swapped = (
+        [edge_f1(a, b[0].numpy() > 0.5) for a, b in zip(edges, h, strict=True)]
+        for h in (hints, hints.flip(0))
+    )
+    assert min(own) > max(swapped)
+
+
+def test_the_pair_is_judged_whole_and_in_quarters():
+    from miniature.gates import photograph_views, photographs
+
+    views, captions = photograph_views(32)
+    (whole, own), (large, _) = photographs(32), photographs(64)
+    assert views.shape == (10, 3, 32, 32) and captions == own * 5 and torch.equal(views[:2], whole)
+    assert torch.equal(views[2], large[0, :, :32, :32]) and torch.equal(views[9], large[1, :, 32:, 32:])
+
+
 def test_crops_of_photographs_and_dead_leaves_are_pictures():
     rng = np.random.default_rng(0)
     levels = photographs.pyramids(64)
@@ -338,7 +365,7 @@ def test_the_gates_are_read_off_the_figures():
             "frechet": 5.0,
             "frechet_renders": 2.0,
         },
-        "control": {"f1_at_1": 0.7, "f1_at_0": 0.5, "prompts_at_1": heads},
+        "control": {"f1_at_1": 0.7, "f1_at_0": 0.5, "f1_photographs_at_1": 0.56, "prompts_at_1": heads},
     }
     failed = {what for _, what, value, limit, least in verdicts(figures) if (value < limit) == least}
     assert failed == {

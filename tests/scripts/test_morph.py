@@ -24,6 +24,7 @@ from small import full_disk, torchrun
 import morph
 from lorakit.diffusion import inversion
 from lorakit.diffusion.denoiser import Denoiser
+from lorakit.diffusion.paths import decode_picture, encode_picture
 from lorakit.film import endpoints, morph_plan, shooting
 from lorakit.film.config import MorphConfig
 from lorakit.ground import publish
@@ -106,8 +107,8 @@ def round_trips(cfg: MorphConfig) -> list[np.ndarray]:
     base = Base(inspect_base(cfg.pretrained_model_name_or_path))
     shape = cfg.width or base.info.resolution, cfg.height or base.info.resolution
     pictures = [read_picture(picture.path, shape) for picture in cfg.images]
-    latents = [endpoints.encode_picture(base, picture)[0] for picture in pictures]
-    return [np.asarray(endpoints.decode_picture(base, each), np.int16) for each in latents]
+    latents = [encode_picture(base, picture)[0] for picture in pictures]
+    return [np.asarray(decode_picture(base, each), np.int16) for each in latents]
 
 
 def config_of(arguments: list[str]) -> MorphConfig:

@@ -95,7 +95,13 @@ def run(arguments, tmp_path):
 @pytest.mark.quick
 def test_a_picture_gives_its_edges_a_result_a_sheet_and_a_report(run, capsys, pictures):
     folder = run()
-    assert {p.name for p in folder.iterdir()} == {"0000.png", "edges.png", "sheet.png", "report.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        "0000.png",
+        "edges.png",
+        "sheet.png",
+        "report.json",
+        "index.html",
+    }
     out = capsys.readouterr().out
     assert out.startswith("pictures    1 of 1 with ")
     assert f"note        {pictures / '0.png'} is 24x24, restyled at 16x16\n" in out
@@ -357,6 +363,87 @@ def test_the_colour_shift_is_in_levels_and_not_a_matter_of_place():
     assert style_transfer.colour_shift(one, lighter) == pytest.approx(10)
 
 
+# ---- captions and colours ----
+
+
+@pytest.fixture
+def captioned(pictures, tmp_path):
+    """Two pictures, the first with a caption."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for number in (0, 3):
+        shutil.copy(pictures / f"{number}.png", folder)
+    (folder / "0.txt").write_text("a photo of snowy mountains")
+    return folder
+
+
+def test_each_picture_s_own_words_stand_in_its_prompt(run, captioned, capsys):
+    folder = run(image=str(captioned), prompt="an ink drawing of {caption}, in black")
+    prompts = ["an ink drawing of snowy mountains, in black", "an ink drawing, in black"]
+    assert [row["prompt"] for row in report_in(folder)["pictures"]] == prompts
+    out = capsys.readouterr().out
+    assert "0.png: caption “snowy mountains”, from 0.txt" in out
+    assert "3.png: has no caption beside it: {caption} stays empty" in out and "0.png: has no" not in out
+    (plain,) = pictures_in(run(image=str(captioned / "0.png"), prompt=prompts[0], name="plain"))
+    assert distance(plain, pictures_in(folder)[0]) <= ONE_LEVEL
+    config = json.loads(Image.open(folder / "0000.png").text[CONFIG_CHUNK])
+    assert config["prompt"] == prompts[0] and config["caption_from"] is None
+
+
+def test_the_base_fills_in_what_is_missing_by_its_own_words_only(run, captioned, tiny_base, tmp_path, capsys):
+    options = {"image": str(captioned), "prompt": "ink of {caption}", "caption_from": "base"}
+    open_ = run(**options)
+    assert "has no closed vocabulary to try" in capsys.readouterr().out
+    assert [row["prompt"] for row in report_in(open_)["pictures"]] == ["ink of snowy mountains", "ink"]
+    closed = shutil.copytree(tiny_base, tmp_path / "closed")
+    parts = [["a lake", "a hill"], [" at noon", " at night"]]
+    (closed / "captions.json").write_text(json.dumps({"start": "a photo of ", "parts": parts}))
+    folder = run(**options, name="closed", pretrained_model_name_or_path=str(closed))
+    first, second = (row["prompt"] for row in report_in(folder)["pictures"])
+    assert first == "ink of snowy mountains"
+    assert second.removeprefix("ink of ") in {one + other for one in parts[0] for other in parts[1]}
+    assert f"3.png: “{second.removeprefix('ink of ')}”, of the words of" in capsys.readouterr().out
+    again = tmp_path / "again"  # what was chosen is kept, and not looked for anew
+    assert style_transfer.main(["--from", str(folder / "0001.png"), f"output_dir={again}"]) == 0
+    assert "of the words of" not in capsys.readouterr().out
+    assert report_in(next(again.iterdir()))["pictures"][0]["prompt"] == second
+
+
+def test_caption_from_needs_a_place_for_the_caption(arguments):
+    with pytest.raises(ConfigError, match=r"caption_from, prompt: there is no \{caption\} in prompt"):
+        style_transfer.main(arguments(caption_from="base"))
+
+
+def test_the_colours_of_the_input_lie_on_the_brightness_of_the_result(run, pictures):
+    made = {
+        colour: Image.open(run(image=str(pictures / "0.png"), colour=colour, name=colour) / "0000.png")
+        for colour in ("style", "input")
+    }
+    source = style_transfer.read_picture(str(pictures / "0.png"), made["style"].size)
+    (style, kept, own) = (
+        np.asarray(image.convert("YCbCr"), np.int16) for image in (made["style"], made["input"], source)
+    )
+    clipped = 6  # in the mean: where a colour is too strong for the brightness
+    assert np.abs(kept[..., 0] - style[..., 0]).mean() < clipped
+    assert (
+        np.abs(kept[..., 1:] - own[..., 1:]).mean() < clipped < np.abs(style[..., 1:] - own[..., 1:]).mean()
+    )
+
+
+@pytest.mark.slow
+def test_the_miniature_tells_night_from_noon():
+    from lorakit.sampling.base_words import told_by_base
+    from lorakit.weights.vocabulary import read_vocabulary
+    from miniature.landscapes import Scene, render
+
+    base = Base(inspect_base(str(ROOT / "ckpt/miniature")))
+    vocabulary = read_vocabulary(base.info)
+    assert vocabulary
+    for time in ("night", "noon"):
+        said = told_by_base(base, render(Scene.sample(3, time=time), "a photo", 128), vocabulary)
+        assert f" at {time} " in said, said
+
+
 # ---- grids, LoRAs and repetition ----
 
 
@@ -470,6 +557,27 @@ def test_wrong_inputs_give_one_message_and_exit_code_2(arguments, tiny_unet, ran
 def test_check_writes_nothing(arguments, tmp_path, capsys):
     assert style_transfer.main(arguments("--check", images_per_picture=2, grid={"strength": [0.5, 1]})) == 0
     assert "pictures    4 of 1 with" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_check_says_what_a_run_needs_and_refuses_a_lora_that_does_not_fit(
+    arguments, fitted, tiny_unet, random_lora, tmp_path, capsys
+):
+    def lines(**changes):
+        assert style_transfer.main(arguments("--check", **changes)) == 0
+        return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+
+    few, many = (
+        lines(loras=[{"path": str(fitted[0])}], guidance_scale=g, num_inference_steps=n)
+        for g, n in ((1, 4), (3, 8))
+    )
+    assert few["LoRA"].endswith("parameters, fits") and str(fitted[0]) in few["LoRA"]
+    assert "2 rows through the U-Net" in few["work"] and "8 rows through" in many["work"]
+    assert few.keys() >= {"base", "tokens", "memory", "time"} and "not known" in few["time"]
+    modules = random_lora(tiny_unet(cross_attention_dim=24), 1).modules
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(lora_bytes(modules, layout="kohya", metadata={}))
+    with pytest.raises(UserError, match="does not fit"):
+        style_transfer.main(arguments("--check", loras=[{"path": str(other)}]))
 
 
 def test_check_says_what_is_not_read_in_any_cell(arguments, capsys):

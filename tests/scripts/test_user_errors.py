@@ -690,7 +690,7 @@ def configs() -> list[str]:
 
 
 def test_the_configs_are_all_there():
-    assert len(configs()) == 6
+    assert len(configs()) == 14
 
 
 @pytest.mark.parametrize("path", configs())

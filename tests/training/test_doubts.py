@@ -45,6 +45,8 @@ CASES = {
     "validation": ({"validation_steps": 7}, "only the last of the 6 steps"),
     "samples": ({"sample_steps": 50}, "sample_steps 50"),
     "patience": ({"early_stop_patience": 9}, "never stops"),
+    "few steps": ({"objective": "lcm"}, "want a rate that ends at 0"),
+    "few steps by cosine": ({"objective": "lcm", "lr_scheduler_name": "cosine"}, None),
     "no prompts": ({"sample_prompts": []}, "sample_prompts is empty"),
     "trigger": ({"trigger_word": "zwx", "sample_prompts": ["a lake"]}, "lack the trigger word"),
 }
@@ -77,7 +79,9 @@ def test_words_of_captions_that_cannot_be_meant_are_said(settings, pictures, tmp
     assert "1 caption(s) speak of left or right" in found
 
 
-@pytest.mark.parametrize("path", ["cfg/mountain.json", "cfg/style.json", "cfg/mountain_up.json"])
+@pytest.mark.parametrize(
+    "path", ["cfg/mountain.json", "cfg/style.json", "cfg/mountain_up.json", "cfg/lcm.json"]
+)
 def test_what_ships_raises_no_doubt(path):
     cfg = load_config(TrainConfig, path, []).config
     assert list(doubts(cfg, make_plan(cfg))) == []

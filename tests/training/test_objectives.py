@@ -245,10 +245,20 @@ def config_of(tmp_path, **settings):
     return load_config(TrainConfig, None, ["data_dir=x", "n_epochs=1", *words]).config
 
 
+# What an objective that does not go by itself is made with.
+BESIDE: dict[str, dict[str, str]] = {
+    "prior": {"objective": '["denoise","prior"]', "prior.prompts": '["a lake"]'},
+    "textual_inversion": {"textual_inversion.words": '{"<alps>": "hill"}'},
+}
+
+
 def test_every_objective_that_the_config_offers_is_made(tmp_path):
     for name in KINDS:
-        cfg = config_of(tmp_path, objective=name)
-        assert list(make_objective(cfg).terms) == [name] and len(kinds_of(cfg)) == 1
+        cfg = config_of(tmp_path, **({"objective": name} | BESIDE.get(name, {})))
+        names = names_of(cfg.objective)
+        assert (
+            name in names and list(make_objective(cfg).terms) == [*names] and len(kinds_of(cfg)) == len(names)
+        )
     assert names_of("denoise") == names_of(("denoise",)) == ("denoise",)
 
 

@@ -5,11 +5,15 @@ import torch
 from safetensors.torch import load_file
 
 import train_lora
+from lorakit.diffusion import models
+from lorakit.diffusion.frozen import keep_less
 from lorakit.diffusion.models import Base
 from lorakit.ground.config import load_config
+from lorakit.training import setup
 from lorakit.training.config import TrainConfig
 from lorakit.training.decisions import due_steps
 from lorakit.training.setup import resolve_precision
+from lorakit.weights import base
 
 
 def config_of(**changes) -> TrainConfig:
@@ -170,3 +174,16 @@ def test_samples_without_lora_are_those_of_the_base(trained, tiny_base):
 def test_the_tutorials_values_load(tmp_path):
     loaded = load_config(TrainConfig, "cfg/sd15/mountain.json").config
     assert loaded.enable_xformers_memory_efficient_attention and loaded.n_epochs == 200
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_large_base_is_trained_to_the_same_bytes(trained, monkeypatch, precision):
+    """It keeps less for the backward pass; the tiny base passes as a large one."""
+    options = {"mixed_precision": precision, "target_modules": "attention+ff", "max_train_steps": 3}
+    small = load_file(trained(ckpt_name="small", **options))
+    lean = []
+    monkeypatch.setattr(base, "LARGE", 0)
+    monkeypatch.setattr(models, "_free_large_blocks", lambda: None)  # it would last for the whole process
+    monkeypatch.setattr(setup, "keep_less", lambda model: lean.append(1) or keep_less(model))
+    large = load_file(trained(ckpt_name="large", **options))
+    assert lean and all(torch.equal(large[name], tensor) for name, tensor in small.items())

@@ -1,0 +1,97 @@
+"""What a run of a sampling script will need, in words for --check. No torch here."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from lorakit.sampling.config import SamplingConfig
+from lorakit.weights.base import BaseInfo
+from lorakit.weights.base_settings import base_line
+from lorakit.weights.lora_fit import fit_of
+from lorakit.weights.tokens import read_tokenizer
+
+LIBRARIES = 500_000_000  # bytes of torch and diffusers on a CPU, and about those of CUDA
+UNET_TENSORS = 6.0  # of the size of a level's output that are held at once, the skips among them
+VAE_TENSORS = 4.0  # of the widest channels at full size
+
+
+def describe_sampling(
+    configs: Sequence[Any], info: BaseInfo, shapes: Sequence[tuple[int, int]], count: int, extra: int = 0
+) -> list[str]:
+    """Lines on base, LoRAs, tokens, memory and work.
+
+    Args:
+        configs: of the subjects of every cell, one prompt each.
+        shapes: width and height of the pictures.
+        count: pictures of each config.
+        extra: parameters of models beside the base, such as a ControlNet.
+
+    Raises:
+        UserError: a LoRA that does not fit.
+    """
+    lines = [f"base        {info.name} ({info.kind}), {base_line(info)}"]
+    paths = dict.fromkeys(lora.path for cfg in configs for lora in (*cfg.loras, *cfg.prompt_loras()))
+    lines += [f"LoRA        {path}: {fit_of(path, info)}" for path in paths]
+    resolved = [cfg.resolved()[0] for cfg in configs]
+    lines += _token_lines(resolved, info)
+    lines += _memory_lines(resolved, info, shapes, extra)
+    evaluations = sum(count * _evaluations(cfg) for cfg in resolved)
+    pictures = count * len(resolved)
+    lines.append(
+        f"work        {evaluations:,} rows through the U-Net, {evaluations / pictures:,.0f} a picture"
+    )
+    return [*lines, f"time        {_time(configs[0], pictures)}"]
+
+
+def _time(cfg: SamplingConfig, pictures: int) -> str:
+    """By the run whose place this one takes; a machine's speed stands in no file."""
+    folder = Path(cfg.output_dir) / cfg.name
+    try:
+        entries = json.loads((folder / "report.json").read_text(encoding="utf-8"))["pictures"]
+        each = mean(float(entry["seconds"]) for entry in entries)
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"not known before a run in {folder} has told it"
+    return f"about {each * pictures:,.0f} s, at {each:.2g} s a picture as in {folder}, and the loading"
+
+
+def _evaluations(cfg: Any) -> int:
+    _, steps, guidance = cfg.sampler()
+    run = int(steps * getattr(cfg, "strength", 1.0))
+    return run * (1 + (guidance > 1))
+
+
+def _token_lines(configs: Sequence[SamplingConfig], info: BaseInfo) -> Iterator[str]:
+    if info.known and configs[0].prompt_syntax == "plain":
+        backend, limit = read_tokenizer(info)
+        prompts = [str(getattr(cfg, "prompt", "")) for cfg in configs]
+        longest = max(len(backend.encode(prompt).ids) for prompt in prompts)
+        yield f"tokens      {longest} in the longest prompt; {int(min(limit, info.max_tokens))} are read"
+
+
+def _memory_lines(
+    configs: Sequence[Any], info: BaseInfo, shapes: Sequence[tuple[int, int]], extra: int
+) -> Iterator[str]:
+    unet, vae = (info.configs.get(part) for part in ("unet", "vae"))
+    if not info.known or not unet or not vae:
+        return
+    pixels = max(map(math.prod, shapes))
+    rows = max(cfg.batch_size * (1 + (cfg.sampler()[2] > 1)) for cfg in configs)
+    levels = enumerate(unet["block_out_channels"])
+    latents = pixels // info.vae_factor**2
+    inside = sum(width * latents / 4**level * UNET_TENSORS for level, width in levels) * rows
+    decoder = vae["block_out_channels"][min(1, len(vae["block_out_channels"]) - 1)] * pixels * VAE_TENSORS
+    halves = {"no": (False,), "auto": (False, True)}.get(configs[0].mixed_precision, (True,))
+    for half in halves:
+        size = 2 if half else 4
+        others = sum(count for part, count in info.parameters.items() if part != "vae") + extra
+        parts = {
+            "models": others * size + info.parameters.get("vae", 0) * 4,
+            "activations": max(inside * size, decoder * 4),
+            "libraries": LIBRARIES,
+        }
+        shown = ", ".join(f"{name} {each / 1e6:,.0f} MB" for name, each in parts.items())
+        total = f"about {sum(parts.values()) / 1e6:,.0f} MB in {'half precision' if half else 'float32'}"
+        yield f"memory      {total} ({shown})"

@@ -1,0 +1,74 @@
+"""Pictures that move evenly with their noise (Guo et al. 2024, Smooth Diffusion, arXiv:2312.04410).
+
+Of each sample the rate is r = |J^T y|, J the derivative of the predicted x_0 by the noise and y a random
+picture of expected norm sqrt(1 - alpha_bar_t) (eq. 9); the loss is (r - a)^2, a the running mean of r.
+Deviations from the authors' code: a is corrected for its start at 0, moves once per step by the mean over all
+samples, and carries no gradient, so that a step does not depend on how it is split.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.training.objective_config import names_of
+from lorakit.training.objectives import Models, Pass, Term
+from lorakit.training.smooth_config import SmoothSettings
+
+
+class Smooth(Term):
+    """The squared distance of a sample's rate to the running mean of all."""
+
+    def __init__(self, cfg: Any):
+        settings = cfg.smooth or SmoothSettings()
+        self.weight, self.decay = settings.weight, settings.decay
+        self.judges = names_of(cfg.objective) == ("smooth",)
+        self.mean, self.steps = 0.0, 0
+
+    @property
+    def usual(self) -> float | None:
+        """The running mean a, corrected for its start at 0 (Kingma & Ba 2015, sec. 3); None at first."""
+        return self.mean / (1 - (1 - self.decay) ** self.steps) if self.steps else None
+
+    def loss(self, models: Models, at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        rate = rates(models, at, create_graph=True)  # (B,)
+        return (rate - self._usual(rate)) ** 2, {"rate": rate}
+
+    def validation(self, models: Models, at: Pass) -> Tensor | None:
+        """How uneven the rates are; beside another objective it has no say, for that one sees the price."""
+        if not self.judges:
+            return None
+        with torch.enable_grad():
+            again = Pass(models, at.batch, at.prompt_embeds, noise_gradient=True)
+            rate = rates(models, again, create_graph=False).detach()
+        return (rate - self._usual(rate)) ** 2
+
+    def finish_step(self, means: Mapping[str, float]) -> None:
+        self.mean += self.decay * (means["rate"] - self.mean)
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, float]:
+        return {"mean": self.mean, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.mean, self.steps = state["mean"], int(state["steps"])
+
+    def _usual(self, rate: Tensor) -> Tensor | float:
+        """The first step has nothing to compare with: its loss is 0, whatever else is in its batch."""
+        return rate.detach() if self.usual is None else self.usual
+
+
+def rates(models: Models, at: Pass, create_graph: bool) -> Tensor:
+    """r of each sample, (B,), float32.
+
+    Args:
+        create_graph: keep what a gradient of r needs: a second derivative of the U-Net.
+    """
+    schedule, timesteps = models.schedule, at.batch.timesteps
+    x_0, _ = schedule.predicted(at.prediction.float(), at.x_t, timesteps)  # (B, C, h, w)
+    _, sigma = schedule.at(timesteps, x_0)  # (B, 1, 1, 1)
+    direction = at.batch.normal("smooth direction") * sigma / math.sqrt(x_0[0].numel())
+    (pulled,) = torch.autograd.grad((x_0 * direction).sum(), at.noise, create_graph=create_graph)
+    return pulled.flatten(1).norm(dim=1)
