@@ -37,6 +37,7 @@ FILES = {
     "kohya, `fold_alpha=true`, all layers": folded(ALL),
     "kohya, attention without cross attention, no text encoder": {f"{BLOCK}_attn1_to_q": pair()},
     "kohya, alphas that differ within a model": ATTENTION | {f"{BLOCK}_attn1_to_k": pair(3.0)},
+    "kohya, biases and norms too": ATTENTION | {f"{BLOCK}_norm1": pair(), TEXT: pair()},
     "diffusers, alpha ≠ rank": ATTENTION,
     "diffusers, DoRA": {
         name: replace(each, magnitude=torch.ones(8)) for name, each in ATTENTION.items()
