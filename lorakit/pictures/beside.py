@@ -12,7 +12,8 @@ _KINDS = (
     "|picture|pixel art|poster|print|render|rendering|sketch|snapshot|stained glass(?: window)?|watercolou?r"
     "|woodcut"
 )
-_STYLE = rf"(?:(?:an?|the)\s+)?(?:[\w-]+\s+){{0,3}}?(?:{_KINDS})"
+_WORD = r"(?:black and white|(?!(?:an?|and|at|in|of|on|the|with)\b)[\w-]+)\s+"
+_STYLE = rf"(?:(?:an?|the)\s+)?(?:{_WORD}){{0,3}}?(?:{_KINDS})"
 _OF = re.compile(rf"{_STYLE}\s+(?:of|showing)\s+", re.IGNORECASE)
 _TAG = re.compile(_STYLE, re.IGNORECASE)
 

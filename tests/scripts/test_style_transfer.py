@@ -559,6 +559,27 @@ def test_check_writes_nothing(arguments, tmp_path, capsys):
     assert "pictures    4 of 1 with" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_check_says_what_a_run_needs_and_refuses_a_lora_that_does_not_fit(
+    arguments, fitted, tiny_unet, random_lora, tmp_path, capsys
+):
+    def lines(**changes):
+        assert style_transfer.main(arguments("--check", **changes)) == 0
+        return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+
+    few, many = (
+        lines(loras=[{"path": str(fitted[0])}], guidance_scale=g, num_inference_steps=n)
+        for g, n in ((1, 4), (3, 8))
+    )
+    assert few["LoRA"].endswith("parameters, fits") and str(fitted[0]) in few["LoRA"]
+    assert "2 rows through the U-Net" in few["work"] and "8 rows through" in many["work"]
+    assert few.keys() >= {"base", "tokens", "memory", "time"} and "not known" in few["time"]
+    modules = random_lora(tiny_unet(cross_attention_dim=24), 1).modules
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(lora_bytes(modules, layout="kohya", metadata={}))
+    with pytest.raises(UserError, match="does not fit"):
+        style_transfer.main(arguments("--check", loras=[{"path": str(other)}]))
+
+
 def test_check_says_what_is_not_read_in_any_cell(arguments, capsys):
     long = ["mountains and a lake " * 20 + end for end in ("one", "two")]
     argv = arguments("--check", negative_prompt=long[1], grid={"prompt": ["short", long[0]]})
