@@ -32,6 +32,13 @@ def consistent(schedule: NoiseSchedule, output: Tensor, x_t: Tensor, timesteps: 
     return c_skip * x_t + c_out * schedule.predicted(output.float(), x_t, timesteps)[0]
 
 
+def nodes(timesteps: Tensor, schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor]:
+    """The node of a solver of `steps` that each of `timesteps` (B,) falls to, and the next one; both (B,)."""
+    stride = schedule.num_timesteps // steps
+    t = (timesteps // stride + 1) * stride - 1
+    return t, (t - stride).clamp(min=0)
+
+
 def guided_step(
     models: Models, x_t: Tensor, timesteps: Tensor, to: Tensor, prompt_embeds: Tensor, guidance: Tensor
 ) -> Tensor:
@@ -62,12 +69,6 @@ class Lcm(Term):
         self.solver_steps, self.huber = settings.solver_steps, settings.huber
         self.ends: dict[SampleKey, Tensor] = {}  # of the teacher's paths that validation compares with
 
-    def nodes(self, batch_timesteps: Tensor, schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor]:
-        """The node of a solver of `steps` that each timestep falls to, and the next one; both (B,)."""
-        stride = schedule.num_timesteps // steps
-        t = (batch_timesteps // stride + 1) * stride - 1
-        return t, (t - stride).clamp(min=0)
-
     def guidance(self, at: Pass) -> Tensor:
         """(B,)"""
         draws = torch.tensor(at.batch.uniform("lcm guidance"))
@@ -75,7 +76,7 @@ class Lcm(Term):
 
     def loss(self, models: Models, at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         batch, schedule, embeds = at.batch, models.schedule, at.prompt_embeds
-        t, s = self.nodes(batch.timesteps, schedule, self.solver_steps)
+        t, s = nodes(batch.timesteps, schedule, self.solver_steps)
         x_t = schedule.add_noise(batch.latents, batch.noise, t)
         with torch.no_grad():  # first, while nothing is kept for backward
             x_s = guided_step(models, x_t, t, s, embeds, self.guidance(at))
@@ -107,7 +108,7 @@ class Lcm(Term):
         timesteps = torch.full((len(noise),), models.schedule.num_timesteps - 1)
         x = noise
         for _ in range(TEACHER_STEPS):
-            _, to = self.nodes(timesteps, models.schedule, TEACHER_STEPS)
+            _, to = nodes(timesteps, models.schedule, TEACHER_STEPS)
             x = guided_step(models, x, timesteps, to, prompt_embeds, guidance)
             timesteps = to
         return x

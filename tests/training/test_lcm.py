@@ -10,7 +10,7 @@ from torch import nn
 from lorakit.diffusion import lora
 from lorakit.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule
 from lorakit.training.batch import Batch
-from lorakit.training.lcm import TEACHER_STEPS, Lcm, boundary, consistent, guided_step
+from lorakit.training.lcm import TEACHER_STEPS, Lcm, boundary, consistent, guided_step, nodes
 from lorakit.training.lcm_config import LcmSettings
 from lorakit.training.objectives import Models, Objective, Pass
 
@@ -51,7 +51,7 @@ def models_of(student=field, teacher=field, schedule=None) -> Models:
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_step_of_the_teacher_is_a_step_of_diffusers_ddim_at_that_guidance(prediction_type):
     models, batch, g = models_of(schedule=schedule_of(prediction_type)), make_batch(), 3.0
-    t, s = term().nodes(batch.timesteps, models.schedule, 50)
+    t, s = nodes(batch.timesteps, models.schedule, 50)
     assert t.tolist() == [19, 19, 519, 999] and s.tolist() == [0, 0, 499, 979]
     ours = guided_step(models, batch.latents, t, s, batch.prompt_embeds, torch.full((4,), g))
     library = DDIMScheduler(**BETAS, prediction_type=prediction_type, set_alpha_to_one=False)
@@ -69,9 +69,9 @@ def test_a_step_of_the_teacher_is_a_step_of_diffusers_ddim_at_that_guidance(pred
 
 
 def test_the_nodes_are_the_timesteps_that_the_sampler_evaluates():
-    schedule, lcm = schedule_of(), term()
-    nodes, after = lcm.nodes(torch.arange(1000), schedule, 50)
-    assert nodes.unique().tolist() == list(range(19, 1000, 20)) and set(torch.bincount(nodes).tolist()) == {
+    schedule = schedule_of()
+    found, after = nodes(torch.arange(1000), schedule, 50)
+    assert found.unique().tolist() == list(range(19, 1000, 20)) and set(torch.bincount(found).tolist()) == {
         0,
         20,
     }
@@ -79,7 +79,7 @@ def test_the_nodes_are_the_timesteps_that_the_sampler_evaluates():
     for steps in (1, 2, 4, 8, 50):
         sampler = LCMScheduler(**BETAS)
         sampler.set_timesteps(steps, original_inference_steps=50)
-        assert set(sampler.timesteps.tolist()) <= set(nodes.tolist())
+        assert set(sampler.timesteps.tolist()) <= set(found.tolist())
         assert not set(sampler.timesteps.tolist()) & set(range(0, 1000, 20))
 
 
@@ -91,7 +91,7 @@ def test_at_guidance_1_the_teacher_sees_the_prompt_alone():
         return field(x_t, timesteps, prompt_embeds)
 
     batch, models = make_batch(), models_of(teacher=teacher)
-    t, s = term().nodes(batch.timesteps, models.schedule, 50)
+    t, s = nodes(batch.timesteps, models.schedule, 50)
     step = [
         guided_step(models, batch.latents, t, s, batch.prompt_embeds, torch.full((4,), g)) for g in (1.0, 2.0)
     ]
@@ -134,7 +134,7 @@ def test_the_loss_is_the_pseudo_huber_distance_of_two_ends():
     lcm, batch, models = term(guidance_scale=3.0, huber=0.1), make_batch(), models_of()
     at = Pass(models, batch, batch.prompt_embeds)
     loss, parts = lcm.loss(models, at)
-    t, s = lcm.nodes(batch.timesteps, models.schedule, 50)
+    t, s = nodes(batch.timesteps, models.schedule, 50)
     x_t = models.schedule.add_noise(batch.latents, batch.noise, t)
     x_s = guided_step(models, x_t, t, s, batch.prompt_embeds, torch.full((4,), 3.0))
     ends = [
