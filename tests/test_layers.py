@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "diffusion": {"ground", "weights", "pictures"},
     "sampling": {"ground", "weights", "pictures", "diffusion"},
     "training": {"ground", "weights", "pictures", "diffusion", "sampling"},
+    "editing": {"ground", "weights", "pictures", "diffusion", "sampling"},
     "film": {"ground", "weights", "pictures", "diffusion", "sampling"},
 }
 # A library module where users import it from; its main program is the script invert.py.
@@ -32,6 +33,7 @@ NO_TORCH = [
     "invert",
     "generate",
     "style_transfer",
+    "edit",
     "lorakit.ground.process",
     "lorakit.ground.runs",
     "lorakit.pictures.edges",
@@ -40,6 +42,7 @@ NO_TORCH = [
     "lorakit.pictures.beside",
     "lorakit.pictures.page",
     "lorakit.sampling.forecast",
+    "lorakit.sampling.fitting",
     "lorakit.sampling.gallery",
     "lorakit.sampling.page",
     "lorakit.training.page",
@@ -50,6 +53,7 @@ NO_TORCH = [
     "lorakit.training.resume",
     "lorakit.diffusion.inversion_plan",
     "lorakit.weights.tokens",
+    "lorakit.editing.edit_plan",
     "lorakit.film.fitting",
     "lorakit.film.morph_folder",
     "lorakit.film.morph_plan",

@@ -100,8 +100,10 @@ def image_size(
     return (height, width) if turned else (width, height)
 
 
-def resize_to_cover(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale with LANCZOS to the smallest size that covers width x height, keeping the aspect ratio.
+def resize_to_cover(
+    image: Image.Image, width: int, height: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Scale to the smallest size that covers width x height, keeping the aspect ratio.
 
     One side comes out exact, the other at least as long as asked and rounded to whole pixels.
     """
@@ -110,7 +112,7 @@ def resize_to_cover(image: Image.Image, width: int, height: int) -> Image.Image:
         size = width, round(h * width / w)
     else:
         size = round(w * height / h), height
-    return image.resize(size, Image.Resampling.LANCZOS)
+    return image.resize(size, resample)
 
 
 def crop(

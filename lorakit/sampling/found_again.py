@@ -10,8 +10,10 @@ from lorakit.ground.errors import UserError
 from lorakit.sampling.config import SamplingConfig
 from lorakit.sampling.model_files import fingerprint
 
-PATHS = ("pretrained_model_name_or_path", "base_config", "controlnet", "image")
-"""Keys that may hold the path of a file, besides those of LoRAs; `auto` and hub ids stand there too."""
+INPUTS = ("image", "mask")
+"""Keys of pictures that a picture was made from."""
+PATHS = ("pretrained_model_name_or_path", "base_config", "controlnet", "lora", *INPUTS)
+"""Keys that may hold the path of a file, besides those of `loras`; `auto` and hub ids stand there too."""
 FOLDERS = ("model_dirs", "embedding_dirs")
 
 C = TypeVar("C", bound=SamplingConfig)
@@ -39,7 +41,7 @@ def found_again(cfg: C, picture: str, files: Any) -> tuple[C, list[str]]:
     def found(key: str, path: str) -> str:
         if path not in files:
             return path
-        folders = [str(Path(picture).parent)] if key == "image" else list(cfg.model_dirs)
+        folders = [str(Path(picture).parent)] if key in INPUTS else list(cfg.model_dirs)
         here = _candidates(path, folders, known)
         if not here:
             where = f"neither at {path} nor in {', '.join(folders) or 'model_dirs'}"

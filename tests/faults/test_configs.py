@@ -13,6 +13,7 @@ import pytest
 from harness import ROOT, SCRIPTS, assert_refused, snapshot
 
 from lorakit.diffusion.inversion_plan import InvertConfig
+from lorakit.editing.config import EditConfig
 from lorakit.film.config import MorphConfig
 from lorakit.ground.config import load_config
 from lorakit.sampling.generate_plan import GenerateConfig
@@ -27,6 +28,7 @@ NUMBER = {
     "mix_lora": "rank",
     "generate": "images_per_prompt",
     "style_transfer": "images_per_picture",
+    "edit": "images_per_target",
 }
 """A key of each script that takes an integer."""
 
@@ -162,6 +164,7 @@ READ_BY = {
     ),
     "generate": ({**GenerateConfig.model_fields}, ["generate.py", "lorakit"]),
     "style_transfer": ({**StyleConfig.model_fields}, ["style_transfer.py", "lorakit"]),
+    "edit": ({**EditConfig.model_fields}, ["edit.py", "lorakit"]),
     "mix_lora": ({key: 1 for verb in VERBS.values() for key in verb.config.model_fields}, ["mix_lora.py"]),
 }
 
@@ -205,6 +208,7 @@ CLASSES = {
     "invert": InvertConfig,
     "generate": GenerateConfig,
     "style_transfer": StyleConfig,
+    "edit": EditConfig,
 }
 """By the folder of the schema that a config names."""
 

@@ -1,0 +1,136 @@
+"""Edit one picture by its prompt: at sunset, in snow, by night; what the words have in common stays.
+
+    python edit.py                                               # a mountain at sunset, at night and in snow
+    python edit.py image=PICTURE.jpg prompt="a lake at noon" target_prompt="a lake at night"
+    python edit.py image=PICTURE.jpg prompt="…" target_prompt="…" mask=MASK.png grid.start=[0,0.2,0.4]
+    python edit.py --from out/sunset/0000.png target_prompt="…"  # that result again, but for …
+
+The picture is inverted (Song et al. 2021), and sampled under the new prompt along its own path, each step put
+right by what the picture's own step misses it by (after Ju et al. 2024): with the same prompt that is the
+picture itself. `lorakit/editing/` has the methods. Reads a base, a picture, LoRA files, a mask. Writes to
+<output_dir>/<name>/: numbered PNGs that carry their config, sheet.png, report.json, and index.html
+to look at.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.editing.config import EditConfig
+from lorakit.editing.edit_plan import EditPlan, make_edit_plan
+from lorakit.ground.command import print_notes
+from lorakit.ground.process import StopFlag, run_guarded
+from lorakit.pictures.images import psnr
+from lorakit.sampling.fitting import OF_THE_BASE, Fit, fit_lora
+from lorakit.sampling.gallery import Gallery, Picture, fill_folder
+from lorakit.sampling.recipe import parse_sampling
+from lorakit.weights.base_settings import base_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEFINITIONS = {
+    "edge_f1": "harmonic mean of precision and recall of the result's edges against the input's, to a pixel",
+    "psnr": "dB against what the autoencoder makes of the picture; null: equal to it",
+    "seconds": "for one result of its batch, without the inversion",
+}
+
+
+def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
+    """Make the results; returns the paths of the sheets."""
+    from tqdm import tqdm
+
+    from lorakit.diffusion.models import open_base
+    from lorakit.editing.desk import Desk
+    from lorakit.sampling.page import write_page
+
+    started = time.perf_counter()
+    settings = {"prediction_type": cfg.prediction_type, "clip_skip": cfg.clip_skip}
+    base = open_base(plan.base, cfg.mixed_precision, **settings)
+    if not plan.base.known:  # a hub id that was not on this machine
+        told, plan = plan.notes, make_edit_plan(cfg, base.info)
+        print_notes(note for note in plan.notes if note not in told)
+    desk = Desk(base, cfg, plan, Path(cfg.cache_dir or Path(cfg.output_dir) / "cache"))
+    print_notes([*desk.fit_warnings(), *desk.stack.new_notes()])
+
+    targets = list(dict.fromkeys(target for _, cell in cfg.numbered_cells() for target in cell.targets()))
+    labels = targets if len(cfg.targets()) == len(targets) else ["result"]
+    leads = [("picture", desk.picture), ("as the autoencoder returns it", desk.round_trip)]
+    gallery = Gallery(folder, cfg, labels, [leads] * len(labels))
+    with tqdm(total=count_results(cfg), unit="picture") as bar:
+        for at, cell in cfg.numbered_cells():
+            cell, _ = cell.resolved()
+            for result in desk.results(cell):
+                subject = labels.index(result.target) if result.target in labels else 0
+                facts = {"seconds": round(result.seconds, 4)} | compared(desk.round_trip, result.image)
+                single = cell.single(result.target, result.seed)
+                gallery.add(Picture(result.image, subject, result.seed, at, single, result.target, facts))
+                bar.update()
+    seconds, evaluations = round(time.perf_counter() - started, 2), desk.denoiser.evaluations
+    report = {"seconds": seconds, "device": str(base.device), "evaluations": evaluations}
+    report |= {"definitions": DEFINITIONS}
+    sheets = gallery.finish(report)
+    write_page(gallery, report)
+    return sheets
+
+
+def compared(round_trip: "Image", image: "Image") -> dict[str, float | None]:
+    """What the report says of a result, see DEFINITIONS."""
+    from lorakit.pictures.edges import as_floats, auto_thresholds, canny, edge_f1
+
+    def edges(picture: "Image") -> Any:
+        values = as_floats(picture)
+        return canny(values, 1.0, *auto_thresholds(values))
+
+    likeness = psnr(round_trip, image)
+    return {
+        "edge_f1": round(edge_f1(edges(round_trip), edges(image)), 4),
+        "psnr": None if likeness == float("inf") else round(likeness, 2),
+    }
+
+
+def count_results(cfg: EditConfig) -> int:
+    return sum(len(cell.targets()) * len(cell.seeds()) for _, cell in cfg.numbered_cells())
+
+
+def fit_missing(cfg: EditConfig, plan: EditPlan, folder: Path) -> None:
+    """Train the picture's LoRA, if it is not there yet; a signal stops it where it can go on."""
+    base = {key: getattr(cfg, key) for key in OF_THE_BASE}
+    with StopFlag() as stop:
+        for lora in plan.missing:
+            data = folder / "fit" / Path(lora).stem
+            fit = Fit(lora, cfg.image, cfg.prompt, plan.shape, cfg.fit_config, data, base)
+            fit_lora(fit, stop, Path(__file__).with_name("train_lora.py"))
+
+
+def main(argv: Sequence[str]) -> int:
+    command = parse_sampling(
+        EditConfig,
+        argv,
+        prog="edit.py",
+        description="Edit one picture by its prompt; what the words have in common stays.",
+        default_config="cfg/edit/mountain.json",
+    )
+    cfg = command.config
+    plan = make_edit_plan(cfg)
+    width, height = plan.shape
+    count = count_results(cfg)
+
+    def make(folder: Path) -> list[Path]:
+        fit_missing(cfg, plan, folder)
+        return edit(cfg, plan, folder)
+
+    return fill_folder(
+        command,
+        make,
+        what=f"{count} of {cfg.image} at {width}x{height} with {plan.base.name}",
+        notes=plan.notes,
+        forecast=lambda: [f"base        {plan.base.name} ({plan.base.kind}), {base_line(plan.base)}"],
+        files=f"{count} pictures, report.json",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(lambda: main(sys.argv[1:])))

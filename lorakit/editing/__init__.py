@@ -1,0 +1,1 @@
+"""One picture, changed: what is not meant to change stays."""

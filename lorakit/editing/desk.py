@@ -1,0 +1,149 @@
+"""A picture on the desk: its latents, its paths under every prompt and LoRA that edits ask for, and edits."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lorakit.diffusion.denoiser import Denoiser, Rows
+from lorakit.diffusion.fit import NOTICED, fit_losses
+from lorakit.diffusion.models import Base
+from lorakit.diffusion.paths import Inverting, decode_picture, encode_picture, invert_cached
+from lorakit.editing.config import EditConfig
+from lorakit.editing.edit_plan import EditPlan
+from lorakit.editing.swapping import Source, composed, last, latent_mask, redraw, rows_of, swap
+from lorakit.ground.chunks import Chunks
+from lorakit.pictures.images import read_picture
+from lorakit.sampling.config import LoraEntry
+from lorakit.sampling.encoding import PromptEncoder
+from lorakit.sampling.samplers import LoraStack, picture_noise
+from lorakit.weights.identity import file_sha256, lora_sha256
+
+
+@dataclass(frozen=True)
+class Result:
+    """A picture that an edit gave; `seconds` are its share of those of its batch."""
+
+    target: str
+    seed: int
+    image: Image.Image
+    seconds: float
+
+
+@dataclass
+class Desk:
+    """Everything that the edits of one picture share.
+
+    Args:
+        cfg: of the run; `plan` was made of it.
+        cache: folder of inverted paths.
+    """
+
+    base: Base
+    cfg: EditConfig
+    plan: EditPlan
+    cache: Path
+    sources: dict[Path, Source] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        cfg, base = self.cfg, self.base
+        self.picture = read_picture(cfg.image, self.plan.shape)
+        self.latents = encode_picture(base, self.picture)
+        self.round_trip = decode_picture(base, self.latents[0])
+        self.stack, self.chunks = LoraStack(base), Chunks(cfg.batch_size)
+        self.encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs)
+        self.denoiser = Denoiser(base.unet, base.noise_schedule())
+        factor, mask = base.info.vae_factor, self.plan.mask
+        self.where = None if mask is None else latent_mask(mask, factor, base.device)
+
+    def results(self, cell: EditConfig) -> Iterator[Result]:
+        """What a resolved cell of the grid asks for, one for each target and seed."""
+        loras = (*cell.all_loras(), *cell.prompt_loras())
+        self.stack.use(loras)
+        asked = [(target, seed) for target in cell.targets() for seed in cell.seeds()]
+        texts = list(dict.fromkeys([cell.prompt, *cell.targets()]))  # equal texts have equal bits
+        embeds, negative = self.encoder.encode(texts, cell.negative_prompt)
+        states = dict(zip(texts, embeds.float().split(1), strict=True))
+        row = self._row(states[cell.prompt], negative.float())
+        source = self._source(cell, row, loras)
+
+        def work(part: slice) -> list[Result]:
+            begun, rows = time.perf_counter(), asked[part]
+            wanted = rows_of(source.row, torch.cat([states[target] for target, _ in rows]))
+            latents = self._edited(cell, source, wanted, [seed for _, seed in rows])
+            images = [self._finished(image) for image in self.base.decode_pictures(latents)]
+            seconds = (time.perf_counter() - begun) / len(rows)
+            pairs = zip(rows, images, strict=True)
+            return [Result(target, seed, image, seconds) for (target, seed), image in pairs]
+
+        for part in self.chunks.parts(len(asked), work):
+            yield from part
+
+    def fit_warnings(self) -> list[str]:
+        """A line if the picture's LoRA does not fit the picture better than none does."""
+        cfg = self.cfg
+        if cfg.lora is None or not any(cell.lora_weight for _, cell in cfg.numbered_cells()):
+            return []
+        losses = []
+        for loras in ([], [LoraEntry(path=cfg.lora, weight=1.0, blocks={}, rank=None)]):
+            self.stack.use(loras)
+            embeds, negative = self.encoder.encode([cfg.prompt], "")
+            losses += fit_losses(self.denoiser, self._row(embeds.float(), negative.float()), self.latents)
+        without, own = losses
+        if own * NOTICED < without:
+            return []
+        return [
+            f"lora: {cfg.lora} fits {cfg.image} no better than none does (loss {own:.4f} against "
+            f"{without:.4f}): is it another picture's?"
+        ]
+
+    @torch.no_grad()
+    def _edited(self, cell: EditConfig, source: Source, rows: Rows, seeds: Sequence[int]) -> Tensor:
+        options: dict[str, Any] = {
+            "guidance_scale": cell.sampler()[2],
+            "start": cell.first_node(),
+            "where": self.where,
+        }
+        if cell.method == "swap":
+            return last(swap(self.denoiser, source, rows, **options))
+        noise = picture_noise(self.base, seeds, self.plan.shape).float()
+        return last(redraw(self.denoiser, source, rows, noise, **options))
+
+    def _finished(self, image: Image.Image) -> Image.Image:
+        mask = self.plan.mask
+        return image if mask is None else composed(image, self.round_trip, mask, self.base.info.vae_factor)
+
+    def _row(self, prompt_embeds: Tensor, negative_embeds: Tensor) -> Rows:
+        return Rows(prompt_embeds, negative_embeds, torch.zeros(1, 0, device=prompt_embeds.device))
+
+    def _source(self, cell: EditConfig, row: Rows, loras: Sequence[LoraEntry]) -> Source:
+        """The picture inverted without guidance, which edits have of their own; kept by content."""
+        grid, steps = self.denoiser.schedule.grid(cell.sampler()[1]), cell.sampler()[1]
+        if cell.method != "swap":
+            return Source(self.latents[None], row, grid)
+        how = Inverting(steps, prediction_type=cell.prediction_type, clip_skip=cell.clip_skip)
+        own = file_sha256(cell.image), _digest(row.prompt_embeds), _record(loras)
+        name = how.entry(self.cache, self.base.info, self.plan.shape, str(self.base.dtype), *own)
+        if name not in self.sources:
+            path = invert_cached(self.denoiser, row, [self.latents], [name], how)
+            self.sources[name] = Source(path, row, grid)
+        return self.sources[name]
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _record(loras: Sequence[LoraEntry]) -> str:
+    """What LoRAs do to a path, wherever their files lie."""
+    entries = [
+        lora.model_dump(mode="json") | {"path": lora_sha256(lora.path)} for lora in loras if lora.weight
+    ]
+    return json.dumps(entries, sort_keys=True)

@@ -1,0 +1,124 @@
+"""What edit.py will do, worked out from its config and from files' headers. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lorakit.editing.config import DRAWS, EditConfig
+from lorakit.ground.errors import UserError
+from lorakit.pictures.images import crop, image_size, load_image, resize_to_cover
+from lorakit.pictures.views import assign_shapes
+from lorakit.sampling.config import check_size
+from lorakit.sampling.fitting import missing_loras
+from lorakit.sampling.prompts import text_notes
+from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.base_settings import clip_skip_notes
+from lorakit.weights.few_steps import refuse_few_steps
+
+SMALL_CHANGE = 0.5
+"""Of `start`: from here on most edits are hardly seen, see docs/EDIT.md."""
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """`shape` is (width, height) at which the picture is edited; `missing` LoRAs are to be trained first.
+
+    `mask` (H, W) in [0, 1], at that shape: 1 where the result may change; None: anywhere.
+    """
+
+    base: BaseInfo
+    shape: tuple[int, int]
+    missing: tuple[str, ...]
+    mask: np.ndarray | None
+    notes: tuple[str, ...]
+
+
+def make_edit_plan(cfg: EditConfig, base: BaseInfo | None = None) -> EditPlan:
+    """Check base, picture, mask, LoRA files and what the cells of the grid ask for.
+
+    Args:
+        base: what is known of the base once it is loaded; None: what its files tell.
+
+    Raises:
+        UserError: what is missing, unreadable or does not fit together; names the key and the remedy.
+    """
+    base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
+    check_size(cfg, base)
+    size = image_size(cfg.image)
+    shape = shape_of(cfg, base, size)
+    notes = [*base.notes]
+    if size != shape:
+        notes.append(f"{cfg.image} is {size[0]}x{size[1]}, edited at {shape[0]}x{shape[1]}")
+    mask = read_mask(cfg.mask, cfg.image, shape) if cfg.mask else None
+    missing = missing_loras([cfg.lora] if cfg.lora else [], cfg.train_if_missing, cfg.fit_config, "lora=null")
+    for _, cell in cfg.numbered_cells():
+        loras = [lora.path for lora in (*cell.all_loras(), *cell.prompt_loras()) if lora.weight]
+        present = [path for path in dict.fromkeys(loras) if path not in missing]
+        for path in present:
+            refuse_few_steps(path)
+        notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0])]
+    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base)
+    return EditPlan(base, shape, missing, mask, tuple(dict.fromkeys(notes)))
+
+
+def shape_of(cfg: EditConfig, base: BaseInfo, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height at which a picture of `size` is edited."""
+    if cfg.width and cfg.height:
+        return cfg.width, cfg.height
+    return assign_shapes([size], base.resolution, base.size_multiple, True)[0]
+
+
+def read_mask(path: str, image: str, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W) float32 in [0, 1], seen as the picture is.
+
+    Raises:
+        UserError: no picture, of another size than `image`, or black all over.
+    """
+    size, wanted = image_size(path), image_size(image)
+    if size != wanted:
+        raise UserError(
+            f"mask {path}: is {size[0]}x{size[1]}, and {image} is {wanted[0]}x{wanted[1]}: paint it on that "
+            "picture, white where it may change"
+        )
+    # By area: what no white pixel touches stays black.
+    seen = crop(resize_to_cover(load_image(path), *shape, Image.Resampling.BOX), *shape)
+    mask = np.asarray(seen.convert("L"), np.float32) / 255
+    if not mask.any():
+        raise UserError(
+            f"mask {path}: is black all over, so that nothing may change; paint white where it may"
+        )
+    return mask
+
+
+def _texts(cfg: EditConfig) -> list[tuple[str, str]]:
+    """Every prompt, with the key that cannot name LoRAs: they are the same for picture and results."""
+    cells = [cell for _, cell in cfg.numbered_cells()]
+    targets = [(target, "target_prompt") for cell in cells for target in cell.targets()]
+    return (
+        [(cell.prompt, "") for cell in cells]
+        + targets
+        + [(c.negative_prompt, "negative_prompt") for c in cells]
+    )
+
+
+def _cell_notes(cell: EditConfig) -> Sequence[str]:
+    """What a user should know of one resolved cell.
+
+    Raises:
+        UserError: no step is left.
+    """
+    steps, first = cell.sampler()[1], cell.first_node()
+    if first >= steps:
+        raise UserError(f"start {cell.start:g} of {steps} steps leaves none; lower it")
+    notes = []
+    if not cell.prompt and cell.method == "swap":
+        notes.append("prompt is empty: say what the picture shows, for only what differs is changed")
+    if cell.method == "swap" and cell.prompt in cell.targets():
+        notes.append("target_prompt is the prompt: the result is what the autoencoder makes of the picture")
+    if cell.method == "swap" and cell.start >= SMALL_CHANGE:
+        notes.append(f"start {cell.start:g} takes over most of the picture: little will change")
+    if cell.method in DRAWS and not first:
+        notes.append(f"{cell.method} from start 0 keeps next to nothing of the picture; 0.2 to 0.5 is usual")
+    return notes
