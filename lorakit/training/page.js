@@ -27,9 +27,9 @@ function show(i) {
 $("samples").hidden = !steps.length;
 if (steps.length) {
   for (const row of rows) {
-    const without = picture(row.pictures[0], `${row.label}, without LoRA`);
+    const without = picture(row.pictures[0], `${row.label}, ${data.first}`);
     $("pairs").append(make("figure", { className: "pair" }, make("div", {}, without), make("div", {}),
-      make("small", { textContent: "without LoRA" }), make("small", {}),
+      make("small", { textContent: data.first }), make("small", {}),
       make("figcaption", { textContent: row.label })));
   }
 }

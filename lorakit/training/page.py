@@ -18,7 +18,9 @@ from lorakit.ground.publish import publish_file
 from lorakit.pictures.images import load_image
 from lorakit.pictures.page import as_json, command, data_uri, facts, finite, page, setting, shell, webp
 from lorakit.training.forecast import lora_parameters, showings
+from lorakit.training.lcm_config import teacher_loras
 from lorakit.training.plan import Plan, result_paths
+from lorakit.training.words_config import trains_lora, word_paths
 
 log = logging.getLogger(__name__)
 POINTS = 400  # of a curve
@@ -67,14 +69,16 @@ def run_page(cfg: Any, plan: Plan, run: Path, hint: str = "") -> str:
         "smoothed": curves["smoothed"][::-1][::stride][::-1],
         "validation": curves["validation"],
         "stride": stride,
+        "first": "teacher" if teacher_loras(cfg) else "without LoRA" if trains_lora(cfg) else "before",
         "done": done,
         "best": best and best[0],
     }
     state = f"stopped at step {done} of {plan.steps}" if hint else f"{done} steps"
     if not hint and done < plan.steps:
         state += f" of {plan.steps}, ended early by the validation loss"
-    summary = f"{state} · {len(rows)} picture{'s' * (len(rows) > 1)} · rank {cfg.rank} · {plan.base.name}"
-    return page(Path(__file__).with_suffix(""), f"LoRA: {cfg.ckpt_name}", summary, texts, data)
+    kind, rank = ("LoRA", f" · rank {cfg.rank}") if trains_lora(cfg) else ("Words", "")
+    summary = f"{state} · {len(rows)} picture{'s' * (len(rows) > 1)}{rank} · {plan.base.name}"
+    return page(Path(__file__).with_suffix(""), f"{kind}: {cfg.ckpt_name}", summary, texts, data)
 
 
 # ---- curves and samples ----
@@ -100,7 +104,7 @@ def _thinned(points: Points, stride: int) -> Points:
 
 def _samples(folder: Path) -> dict[str, Any]:
     """Steps, and for each prompt and seed a label and its pictures; the first step is without LoRA."""
-    paths = sorted(folder.glob("????????-*.png"))
+    paths = sorted(path for path in folder.glob("????????-*.png") if path.name[:8].isdigit())
     steps = sorted({int(path.name[:8]) for path in paths})
     if len(steps) < 2:
         return {"steps": [], "rows": []}
@@ -135,7 +139,9 @@ def _trained(cfg: Any, plan: Plan, done: int, best: tuple[int, float] | None) ->
         "shown": showings(cfg, replace(plan, steps=done)),
         "steps": f"{done} of {plan.total_batch} picture(s), learning rate {cfg.learning_rate:g}",
         "LoRA": f"rank {cfg.rank}, alpha {cfg.lora_alpha or cfg.rank:g}, {targets}"
-        + (f", {number:,} parameters" if number else ""),
+        + (f", {number:,} parameters" if number else "")
+        if trains_lora(cfg)
+        else None,
         "base": f"{plan.base.name}, {cfg.prediction_type or plan.base.prediction_type}",
     }
     if best:
@@ -159,6 +165,8 @@ def _file(cfg: Any, done: int, best: tuple[int, float] | None) -> dict[str, Any]
             break
         rows["read by"] = "diffusers and ComfyUI"
     rows["holds"] = f"step {best[0]}, the lowest validation loss" if is_best and best else f"step {done}"
+    for word, path in word_paths(cfg).items():
+        rows[f"word {word}"] = f"{path}, {path.stat().st_size / 1e3:.1f} kB"
     if cfg.trigger_word:
         rows["trigger word"] = cfg.trigger_word
     if cfg.clip_skip:
@@ -168,9 +176,9 @@ def _file(cfg: Any, done: int, best: tuple[int, float] | None) -> dict[str, Any]
 
 def _use(cfg: Any, plan: Plan) -> Iterator[str]:
     """Commands, each behind what it is for."""
-    (path, layout), *_ = result_paths(cfg).items()
+    files = result_paths(cfg)
     prompt = (cfg.sample_prompts or [plan.table.rows[0].caption])[0]
-    loras = [lora.path for lora in cfg.base_loras] + [str(path)]
+    loras = [lora.path for lora in cfg.base_loras] + [str(path) for path in files][:1]
     words = [setting(f"loras.{number}.path", each) for number, each in enumerate(loras)]
     words += [
         setting(f"loras.{number}.weight", lora.weight)
@@ -180,8 +188,14 @@ def _use(cfg: Any, plan: Plan) -> Iterator[str]:
     keys = ("pretrained_model_name_or_path", "base_config", "prediction_type", "clip_skip")
     fields = type(cfg).model_fields
     words += [setting(key, getattr(cfg, key)) for key in keys if getattr(cfg, key) != fields[key].default]
+    if learnt := word_paths(cfg):
+        folders = sorted({str(path.parent) for path in learnt.values()})
+        words += [setting("prompt_syntax", "a1111"), setting("embedding_dirs", folders)]
     start = ["python", "generate.py", setting("prompt", prompt), *words]
     yield "<p>Pictures with it:</p>" + command(shell([*start, setting("name", f"{cfg.ckpt_name}_samples")]))
+    if not files:
+        return
+    path, layout = next(iter(files.items()))
     grid = ["grid.weight=[0,0.5,1]", setting("name", f"{cfg.ckpt_name}_weights")]
     yield "<p>The same at three weights, side by side:</p>" + command(shell([*start, *grid]))
     yield "<p>What is in the file:</p>" + command(shell(["python", "mix_lora.py", "inspect", str(path)]))

@@ -16,6 +16,7 @@ from lorakit.sampling.generate_plan import GenerateConfig
 from lorakit.training.config import TrainConfig
 from lorakit.training.page import POINTS, run_page, write_page
 from lorakit.training.plan import make_plan
+from lorakit.training.words_config import WordSettings
 
 STEPS = (0, 2, 4, 6)
 COLOURS = [[(60 * i, 200 - 60 * i, 90 + 40 * row) for i in range(4)] for row in range(2)]
@@ -93,6 +94,21 @@ def test_a_run_without_samples_or_validation_leaves_their_parts_out(finished):
     found = data_of(run_page(*finished(samples=(), validation=())))
     assert found["samples"] == {"steps": [], "rows": []} and found["best"] is None
     assert data_of(run_page(*finished()))["samples"]["rows"]
+
+
+def test_words_alone_are_told_as_what_they_are(finished):
+    """No LoRA is named, and prompts are read as learnt words ask for."""
+    cfg, plan, run = finished()
+    words = WordSettings(words={"<alps>": "mountains"})
+    told = cfg.model_copy(update={"objective": "textual_inversion", "textual_inversion": words})
+    folder = run.parent / f"{cfg.ckpt_name}_words"
+    folder.mkdir()
+    (folder / "alps.safetensors").write_bytes(b"1234")
+    page = run_page(told, plan, run)
+    text = Elements(page).text
+    assert "embedding_dirs=" in text and "prompt_syntax=a1111" in text and "word <alps>" in text
+    assert "load_lora_weights" not in text and data_of(page)["first"] == "before"
+    assert "load_lora_weights" in Elements(run_page(cfg, plan, run)).text
 
 
 def test_a_long_run_is_thinned_to_its_means(finished):
