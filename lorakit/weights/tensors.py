@@ -140,7 +140,8 @@ def header_dtypes(path: Path) -> dict[str, str]:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
-    return {name: DTYPE_NAMES.get(entry["dtype"], entry["dtype"]) for name, entry in header.items()}
+    codes = {name: str(entry["dtype"]) for name, entry in header.items()}
+    return {name: DTYPE_NAMES.get(code, code) for name, code in codes.items()}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
