@@ -19,6 +19,7 @@ from lorakit.sampling.config import check_size
 from lorakit.sampling.forecast import describe_sampling
 from lorakit.sampling.gallery import Gallery, fill_folder
 from lorakit.sampling.generate_plan import GenerateConfig, all_asked, asked, picture_shape, read_lines
+from lorakit.sampling.model_files import fingerprint_ahead
 from lorakit.sampling.prompt_file import Line
 from lorakit.sampling.prompts import prompt_notes
 from lorakit.sampling.recipe import parse_sampling
@@ -36,6 +37,7 @@ def generate(cfg: GenerateConfig, info: BaseInfo, lines: list[Line], folder: Pat
     from lorakit.sampling.samplers import sample_images
 
     started = time.perf_counter()
+    fingerprint_ahead(cfg.pretrained_model_name_or_path)
     base = open_base(info, cfg.mixed_precision, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     for each in all_asked(cfg, lines):
         check_size(each, base.info)  # again, for a base that was not on this machine
@@ -66,6 +68,7 @@ def generate(cfg: GenerateConfig, info: BaseInfo, lines: list[Line], folder: Pat
         asked=lambda cell: asked(cell, lines),
         render=render,
         alone=alone,
+        facts=lambda _, subject, __: lines[subject].facts(),
     )
     report = {"seconds": round(time.perf_counter() - started, 2), "device": str(base.device)}
     paths = gallery.finish(report)
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> int:
     )
     cfg = command.config
     info = inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
-    lines = read_lines(cfg)
+    lines = read_lines(cfg, info)
     configs = all_asked(cfg, lines)
     for each in configs:
         check_size(each, info)

@@ -20,6 +20,7 @@ from lorakit.weights.adapter_config import lora_path
 from lorakit.weights.derived import is_v2, metadata_of_sum, publish_lora, refuse_existing, torch_dtype
 from lorakit.weights.lora_file import LoraFile, LoraPair, component_of, folded, is_vector
 from lorakit.weights.lora_metadata import converted_metadata, training_config_text
+from lorakit.weights.programs import read_by
 from lorakit.weights.tensors import read_header
 from lorakit.weights.verbs import (
     Convert,
@@ -83,12 +84,13 @@ def scale(cfg: Output, files: Files) -> None:
 
 def resize(cfg: Resize, files: Files) -> None:
     from lorakit.weights import mixing
+    from lorakit.weights.lora_report import rank_span
 
     sources, metadata = read_sources(files)
     mixed = mixing.mix(sources, "svd", rank=cfg.rank, energy=cfg.energy, dtype=torch_dtype(cfg.dtype))
     save(cfg, mixed.modules, metadata_of_sum(cfg.out, sources, metadata, mixed.modules, " (svd)"))
-    ranks = sorted(pair.rank for pair in mixed.modules.values())
-    print(f"rank        {ranks[0]} to {ranks[-1]}, {sum(ranks) / len(ranks):.1f} on average")
+    ranks = [pair.rank for pair in mixed.modules.values()]
+    print(f"rank        {rank_span(ranks)}, {sum(ranks) / len(ranks):.1f} on average")
     print(error_line(mixed, is_projection=True))
 
 
@@ -192,6 +194,7 @@ def save(cfg: Output, modules: Mapping[str, LoraPair], metadata: Mapping[str, st
     refuse_existing(cfg.out, cfg.overwrite)
     publish_lora(cfg.out, modules, layout=cfg.format, dtype=torch_dtype(cfg.dtype), metadata=metadata)
     print(f"wrote       {cfg.out} ({Path(cfg.out).stat().st_size / 1e6:.2f} MB, {len(modules)} modules)")
+    print(f"read by     {read_by(modules, cfg.format)}")
 
 
 def error_line(mixed: "Mixed", *, is_projection: bool) -> str:

@@ -5,8 +5,7 @@
     accelerate launch train_lora.py cfg/sd15/style.json             # several GPUs, the same run
 
 Reads a base model, and pictures with captions. Writes <output_dir>/<ckpt_name>.safetensors, which diffusers,
-ComfyUI and A1111 load, and the run folder <output_dir>/<ckpt_name>/: metrics, samples, exact checkpoints, and
-index.html to look at.
+ComfyUI and A1111 load, and the folder <output_dir>/<ckpt_name>/: metrics, samples, checkpoints, index.html.
 """
 
 import contextlib
@@ -32,6 +31,7 @@ from lorakit.training.progress import Progress
 from lorakit.training.resume import check_base, find_start, run_record, validation_record
 from lorakit.training.verify import verify_resume
 from lorakit.training.words_config import word_paths
+from lorakit.weights.programs import file_read_by
 
 
 def train(
@@ -241,6 +241,8 @@ def main(argv: list[str]) -> int:
     if rank == 0:
         for path in paths:
             print(f"wrote       {path} ({path.stat().st_size / 1e6:.2f} MB); look at {run}/index.html")
+            if path in result_paths(cfg):
+                print(f"read by     {file_read_by(path)}")
     return 0
 
 

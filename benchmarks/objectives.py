@@ -26,6 +26,8 @@ BATCH = 8
 SETTINGS: dict[str, tuple[str, ...]] = {
     "denoise": (),
     "lcm": ('lcm={"guidance_scale": 3.0}',),
+    "prior": ('objective=["denoise","prior"]', f"prior.prompt_file={ROOT / 'cfg/prior/landscapes.txt'}"),
+    "smooth": ('objective=["denoise","smooth"]',),
 }
 
 

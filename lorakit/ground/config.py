@@ -121,6 +121,21 @@ def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] 
     return Loaded(config, {name: check.origin(tuple(name.split("."))) for name in leaves(cls)})
 
 
+def checked(cls: type[C], data: dict[str, Any], place: str) -> C:
+    """A config of data that stands at `place`, such as "prompts.txt: line 3".
+
+    Raises:
+        ConfigError: lists all faults.
+    """
+    text = ConfigText(place, "{}")
+    text.data.update(data)
+    check = _Check(cls, text)
+    config = check.validated()
+    if config is None:
+        raise ConfigError(check.report())
+    return config
+
+
 def schema(cls: type[Config]) -> dict[str, Any]:
     """JSON schema (draft 2020-12, without references) by which an editor completes and checks the keys."""
     raw = cls.model_json_schema()

@@ -1,7 +1,7 @@
 """The keys that generate.py and style_transfer.py share: LoRAs, sizes, samplers and grids. No torch here."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -21,6 +21,7 @@ from lorakit.weights.base_settings import (
     clip_skip_notes,
 )
 from lorakit.weights.few_steps import few_steps
+from lorakit.weights.lora_keys import layer_names
 from lorakit.weights.lora_metadata import HINTS_KEY
 from lorakit.weights.tensors import read_header
 
@@ -185,10 +186,15 @@ class SamplingConfig(Config):
 
         Raises:
             UserError: a LoRA's file cannot be read, its hints are not usable, LCM would take too many steps, or
-                what `prompt_loras` raises.
+                what `prompt_loras`, `weights_of` and `check_blocks` raise.
         """
         hints, notes = {}, []
-        at_work = [lora.path for lora in (*self.loras, *self.prompt_loras()) if lora.weight]
+        loras = (*self.loras, *self.prompt_loras())
+        weights_of(loras)
+        for lora in loras:
+            if lora.blocks:
+                check_blocks(lora, layer_names(read_header(_existing(lora.path))[0]))
+        at_work = [lora.path for lora in loras if lora.weight]
         for path in at_work:
             asked, who, note = asked_of(path)
             notes += note
@@ -220,15 +226,53 @@ def _words(axis: str, values: Sequence[Any]) -> list[str]:
     ]
 
 
+# ---- LoRAs ----
+
+
+def weights_of(loras: Iterable[LoraEntry]) -> dict[tuple[str, int | None], tuple[float, Mapping[str, float]]]:
+    """(path, rank) -> weight and blocks; the weights of one that is named twice add up.
+
+    Raises:
+        UserError: one named twice has blocks.
+    """
+    found: dict[tuple[str, int | None], tuple[float, Mapping[str, float]]] = {}
+    for lora in loras:
+        before, blocks = found.get((lora.path, lora.rank), (0.0, {}))
+        if blocks or (lora.blocks and (lora.path, lora.rank) in found):
+            raise UserError(f"loras: {lora.path} is named twice, with blocks; name it once")
+        found[lora.path, lora.rank] = before + lora.weight, lora.blocks
+    return found
+
+
+def check_blocks(lora: LoraEntry, layers: Sequence[str]) -> None:
+    """Whether each name in blocks is the beginning of a layer's that the LoRA changes.
+
+    Args:
+        layers: as `layer_names`; of a file that numbers its modules there are none, and nothing is known.
+
+    Raises:
+        UserError: it has no such part.
+    """
+    for block in lora.blocks if layers else ():
+        if not any(f"{layer}.".startswith(f"{block}.") for layer in layers):
+            parts = sorted({".".join(layer.split(".")[:2]) for layer in layers})
+            raise UserError(f"loras: blocks: {lora.path} has nothing in {block}; it has {', '.join(parts)}")
+
+
+def _existing(path: str) -> Path:
+    """The file of a LoRA. Raises UserError: there is none."""
+    if not Path(path).exists():
+        raise UserError(f"loras: {path}: there is no such file; train it with train_lora.py, or set loras=[]")
+    return lora_path(path)
+
+
 def read_hints(path: str) -> dict[str, Any]:
     """The sampler that a LoRA was trained for, out of its metadata; empty for most files.
 
     Raises:
         UserError: the file cannot be read, or the hints are no values of HINTED.
     """
-    if not Path(path).exists():
-        raise UserError(f"loras: {path}: there is no such file; train it with train_lora.py, or set loras=[]")
-    text = read_header(lora_path(path))[1].get(HINTS_KEY)
+    text = read_header(_existing(path))[1].get(HINTS_KEY)
     if text is None:
         return {}
     try:
@@ -260,11 +304,19 @@ def check_size(cfg: SamplingConfig, info: BaseInfo) -> None:
     """Refuse a size that the base cannot make, and a layer that it has not.
 
     Raises:
-        UserError: a side that does not divide; clip_skip.
+        UserError: sides that do not divide; clip_skip.
     """
     check_clip_skip(info, cfg.clip_skip)
+    if faults := size_faults(cfg, info):
+        raise UserError("\n".join(faults))
+
+
+def size_faults(cfg: SamplingConfig, info: BaseInfo) -> list[str]:
+    """A line for each side that does not divide."""
+    faults, unit = [], info.size_multiple
     for key, side in (("width", cfg.width), ("height", cfg.height)):
-        if side is not None and side % info.size_multiple:
-            low = side // info.size_multiple * info.size_multiple
-            near = " or ".join(str(each) for each in (low, low + info.size_multiple) if each)
-            raise UserError(f"{key} {side}: must divide by {info.size_multiple} for this base; take {near}")
+        if side is not None and side % unit:
+            low = side // unit * unit
+            near = " or ".join(str(each) for each in (low, low + unit) if each)
+            faults.append(f"{key} {side}: must divide by {unit} for this base; take {near}")
+    return faults

@@ -4,10 +4,12 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from lorakit.ground.config import checked
+from lorakit.ground.config_text import ConfigError
 from lorakit.ground.errors import UserError
-from lorakit.sampling.config import SamplingConfig
+from lorakit.sampling.config import SamplingConfig, size_faults
 from lorakit.sampling.prompt_file import Line, read_prompt_file
 from lorakit.weights.base import BaseInfo
 
@@ -36,14 +38,35 @@ class GenerateConfig(SamplingConfig):
         return self
 
 
-def read_lines(cfg: GenerateConfig) -> list[Line]:
+def read_lines(cfg: GenerateConfig, info: BaseInfo | None = None) -> list[Line]:
     """The prompts, each with what its line of a prompt file sets.
 
+    Args:
+        info: of the base that is to make them.
+
     Raises:
-        UserError: as read_prompt_file.
+        UserError: as read_prompt_file; lines that set what cannot be, what this base cannot make, or what the
+            grid varies.
     """
-    if cfg.prompt_file is not None:
-        return read_prompt_file(cfg.prompt_file)
+    if cfg.prompt_file is None:
+        return _own_lines(cfg)
+    plain = cfg.model_copy(update={"grid": {}})
+
+    def check(line: Line) -> None:
+        place, both = _place(cfg, line), sorted(line.settings.keys() & cfg.grid.keys())
+        faults = [f"{place}: sets {key}, which the grid varies" for key in both]
+        try:
+            own = _asked(plain, line)
+            faults += [f"{place}: {fault}" for fault in (size_faults(own, info) if info else ())]
+        except ConfigError as error:
+            faults += str(error).splitlines()
+        if faults:
+            raise UserError("\n".join(faults))
+
+    return read_prompt_file(cfg.prompt_file, check)
+
+
+def _own_lines(cfg: GenerateConfig) -> list[Line]:
     prompts = [cfg.prompt] if isinstance(cfg.prompt, str) else cfg.prompt
     return [Line(number, prompt, {}) for number, prompt in enumerate(prompts, 1)]
 
@@ -55,20 +78,13 @@ def asked(cell: GenerateConfig, lines: Sequence[Line]) -> list[GenerateConfig]:
         lines: those of the prompt file; without one the cell has its own.
 
     Raises:
-        UserError: a line sets what cannot be.
+        ConfigError: a line sets what cannot be.
     """
-    return [_asked(cell, line) for line in (lines if cell.prompt_file is not None else read_lines(cell))]
+    return [_asked(cell, line) for line in (lines if cell.prompt_file is not None else _own_lines(cell))]
 
 
 def all_asked(cfg: GenerateConfig, lines: Sequence[Line]) -> list[GenerateConfig]:
-    """The config of every subject in every cell of the grid.
-
-    Raises:
-        UserError: as `asked`; or a line sets what the grid varies.
-    """
-    for line in lines:
-        if both := sorted(line.settings.keys() & cfg.grid.keys()):
-            raise UserError(f"{cfg.prompt_file}: line {line.number}: sets {both[0]}, which the grid varies")
+    """The config of every subject in every cell of the grid; raises as `asked`."""
     return [each for _, cell in cfg.numbered_cells() for each in asked(cell, lines)]
 
 
@@ -76,13 +92,11 @@ def _asked(cell: GenerateConfig, line: Line) -> GenerateConfig:
     own = {"prompt": line.prompt, "prompt_file": None}
     if not line.settings:
         return cell.model_copy(update=own)
-    try:
-        data = cell.model_dump(mode="json") | own | line.settings
-        return GenerateConfig.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        words = " ".join([*map(str, fault["loc"]), fault["msg"]])
-        raise UserError(f"{cell.prompt_file}: line {line.number}: {words}") from None
+    return checked(GenerateConfig, cell.model_dump(mode="json") | own | line.settings, _place(cell, line))
+
+
+def _place(cfg: GenerateConfig, line: Line) -> str:
+    return f"{cfg.prompt_file}: line {line.number}"
 
 
 def picture_shape(cfg: GenerateConfig, info: BaseInfo) -> tuple[int, int]:

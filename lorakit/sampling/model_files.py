@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from threading import Thread
 
 from lorakit.ground.errors import UserError
 from lorakit.weights.base import weights_hash
@@ -65,12 +66,27 @@ def portable(path: str) -> str:
     return pure.name if pure.is_absolute() or ".." in pure.parts else path
 
 
+_ahead: dict[str, Thread] = {}
+
+
+def fingerprint_ahead(path: str) -> None:
+    """Begins `fingerprint` beside what follows: the hash of a base takes seconds."""
+    _ahead[path] = Thread(target=_fingerprint, args=(path,), daemon=True)
+    _ahead[path].start()
+
+
 def fingerprint(path: str) -> str | None:
     """Hex sha256 by which a file is known again whatever its name; None where there is none here.
 
     Of a LoRA the tensors count, as in `sshs_model_hash`; of a base its U-Net, or the file that it is; of
     another folder its weights.
     """
+    if begun := _ahead.pop(path, None):
+        begun.join()
+    return _fingerprint(path)
+
+
+def _fingerprint(path: str) -> str | None:
     place = Path(path)
     try:
         if (place / "unet").is_dir():

@@ -70,5 +70,6 @@ def _facts(gallery: Gallery, picture: Picture) -> dict[str, str]:
     rows["LoRA"] = [f"{Path(lora.path).stem} × {lora.weight:g}" for lora in picture.cfg.loras]
     rows |= {name: config.get(key) for key, name in NAMES.items()}
     rows |= {"seed": picture.seed, "size": "{}x{}".format(*picture.image.size)}
-    rows |= {key.replace("_", " "): value for key, value in picture.facts.items()}
+    told = {key: value for key, value in picture.facts.items() if key != "line"}  # is in its config
+    rows |= {key.replace("_", " "): value for key, value in told.items()}
     return {name: shown(value) for name, value in rows.items() if value not in (None, "", [])}

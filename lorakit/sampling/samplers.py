@@ -15,9 +15,10 @@ from lorakit.diffusion.lora import adapter_layers, load_lora, train_only
 from lorakit.diffusion.models import Base
 from lorakit.ground import randomness
 from lorakit.ground.errors import UserError
-from lorakit.sampling.config import LCM_STEPS
+from lorakit.sampling.config import LCM_STEPS, check_blocks, weights_of
 from lorakit.weights.lora_file import LoraFile, component_of
 from lorakit.weights.lora_import import read_any
+from lorakit.weights.lora_keys import layer_name
 from lorakit.weights.mixing import mix
 
 # Name in configs -> diffusers' class and what differs from the base's own noise schedule.
@@ -73,14 +74,9 @@ class LoraStack:
         Raises:
             UserError: a file is no LoRA, does not fit this base, or a name in blocks has no part in it.
         """
-        weights: dict[str, tuple[float, Mapping[str, float]]] = {}
+        weights = {self._loaded(*file): entry for file, entry in weights_of(loras).items()}
         for lora in loras:
-            name = self._loaded(lora.path, lora.rank)
-            if lora.blocks and name in weights or weights.get(name, (0, {}))[1]:
-                raise UserError(f"loras: {lora.path} is named twice, with blocks; name it once")
-            before = weights.get(name, (0.0, {}))[0]
-            weights[name] = (before + lora.weight, lora.blocks)
-            self._check_blocks(lora, name)
+            check_blocks(lora, self._layers(self.names[lora.path, lora.rank]))
         active = {name: entry for name, entry in weights.items() if entry[0]}
         for component, model in self._models():
             set_weights(component, model, active)
@@ -109,18 +105,13 @@ class LoraStack:
         models = [("unet", self.base.unet), ("text_encoder", self.base.text_encoder)]
         return [(component, model) for component, model in models if hasattr(model, "peft_config")]
 
-    def _check_blocks(self, lora: Any, name: str) -> None:
-        own = [
-            dotted if component == "unet" else f"text_encoder.{dotted}"
+    def _layers(self, name: str) -> list[str]:
+        """Names of the layers that a LoRA adapts, as `blocks` has them."""
+        return [
+            layer_name(component, dotted)
             for component, model in self._models()
             for dotted in adapter_layers(model, name)
         ]
-        for block in lora.blocks:
-            if not any(f"{dotted}.".startswith(f"{block}.") for dotted in own):
-                parts = sorted({".".join(dotted.split(".")[:2]) for dotted in own})
-                raise UserError(
-                    f"loras: blocks: {lora.path} has nothing in {block}; it has {', '.join(parts)}"
-                )
 
 
 def cut(path: str, file: LoraFile, rank: int) -> tuple[LoraFile, str]:
@@ -148,8 +139,7 @@ def set_weights(component: str, model: Any, weights: Mapping[str, tuple[float, M
             active.setdefault(layer, [])
             if name in weights:
                 weight, blocks = weights[name]
-                full = dotted if component == "unet" else f"text_encoder.{dotted}"
-                if scale := weight * block_factor(full, blocks):
+                if scale := weight * block_factor(layer_name(component, dotted), blocks):
                     layer.set_scale(name, scale)
                     active[layer].append(name)
     for layer, names in active.items():

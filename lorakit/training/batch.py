@@ -40,6 +40,10 @@ class Batch:
         assert self.prompt_embeds is not None
         return self.prompt_embeds
 
+    def every(self, count: int) -> list[int]:
+        """The rows of every `count`-th sample of the run, or of the validation; none is possible."""
+        return [row for row, (*_, number) in enumerate(self.keys) if int(number) % count == 0]
+
     def normal(self, stream: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """Standard normal noise (B, *shape), on the device; None: of a latent's shape."""
         shape = tuple(self.latents.shape[1:]) if shape is None else shape

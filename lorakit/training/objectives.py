@@ -15,6 +15,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -57,12 +58,25 @@ def as_function(unet: Any) -> Evaluate:
 
 
 class Pass:
-    """One forward pass that terms share: what is not asked for is not computed."""
+    """One forward pass that terms share: what is not asked for is not computed.
 
-    def __init__(self, models: Models, batch: Batch, prompt_embeds: Tensor, noise_gradient: bool = False):
+    Args:
+        noise_gradient: terms differentiate by the noise.
+        noise_every: of every so many samples one; the others are evaluated apart, at their usual cost.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        batch: Batch,
+        prompt_embeds: Tensor,
+        noise_gradient: bool = False,
+        noise_every: int = 1,
+    ):
         self.models, self.batch, self.prompt_embeds = models, batch, prompt_embeds
+        self.noise_rows = batch.every(noise_every) if noise_gradient else []
         # A copy, so that the target keeps the plain noise.
-        self.noise = batch.noise.detach().clone().requires_grad_() if noise_gradient else batch.noise
+        self.noise = batch.noise.detach().clone().requires_grad_() if self.noise_rows else batch.noise
 
     @cached_property
     def timesteps(self) -> Tensor:
@@ -77,7 +91,19 @@ class Pass:
     @cached_property
     def prediction(self) -> Tensor:
         """The student's output, (B, C, h, w)."""
-        return self.models.student(self.x_t, self.timesteps, self.prompt_embeds)
+        count = len(self.x_t)
+        others = [row for row in range(count) if row not in self.noise_rows]
+        if not self.noise_rows or not others:
+            return self.models.student(self.x_t, self.timesteps, self.prompt_embeds)
+        parts = [
+            self._evaluated(self.x_t, self.noise_rows),
+            self._evaluated(self.x_t.detach(), others),
+        ]
+        order = [*self.noise_rows, *others]
+        return torch.cat(parts)[[order.index(row) for row in range(count)]]
+
+    def _evaluated(self, x_t: Tensor, rows: list[int]) -> Tensor:
+        return self.models.student(x_t[rows], self.timesteps[rows], self.prompt_embeds[rows])
 
     @cached_property
     def target(self) -> Tensor:
@@ -89,6 +115,8 @@ class Term:
     """One objective. A subclass takes the whole config: `Term(cfg)`."""
 
     weight = 1.0
+    noise_every = 1
+    """Of a term that differentiates by the noise: see Pass."""
 
     def loss(self, models: Models, at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each sample (B,), and by name what is to be logged of each (B,)."""
@@ -115,14 +143,15 @@ class Objective:
     Args:
         terms: name in the config -> term.
         noise_gradient: a term differentiates by the noise, so attention takes kernels that can do it twice.
+        noise_every: see Pass.
     """
 
-    def __init__(self, terms: dict[str, Term], noise_gradient: bool = False):
-        self.terms, self.noise_gradient = terms, noise_gradient
+    def __init__(self, terms: dict[str, Term], noise_gradient: bool = False, noise_every: int = 1):
+        self.terms, self.noise_gradient, self.noise_every = terms, noise_gradient, noise_every
 
     def loss(self, models: Models, batch: Batch, prompt_embeds: Tensor) -> tuple[Tensor, Parts]:
         """The mean loss of a micro-batch, and its parts, where there is more than one number to tell."""
-        at = Pass(models, batch, prompt_embeds, self.noise_gradient)
+        at = Pass(models, batch, prompt_embeds, self.noise_gradient, self.noise_every)
         losses, parts = [], {}
         for name, term in self.terms.items():
             loss, told = term.loss(models, at)
@@ -173,4 +202,5 @@ def make_objective(cfg: Any) -> Objective:
     for name in names_of(cfg.objective):
         module, _, term = KINDS[name].term.rpartition(".")
         terms[name] = getattr(import_module(f"{__package__}.{module}"), term)(cfg)
-    return Objective(terms, any(KINDS[name].double_backward for name in terms))
+    twice = [term.noise_every for name, term in terms.items() if KINDS[name].double_backward]
+    return Objective(terms, bool(twice), min(twice, default=1))

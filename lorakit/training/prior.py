@@ -26,7 +26,7 @@ class Prior(Term):
     def loss(self, models: Models, at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         batch = at.batch
         loss = batch.latents.new_zeros(len(batch.keys))
-        rows = [row for row, (*_, number) in enumerate(batch.keys) if int(number) % self.every == 0]
+        rows = batch.every(self.every)
         if rows:
             picked = torch.tensor(rows, device=loss.device)
             if self.prompts:

@@ -165,12 +165,16 @@ def write_lora(
         words = {stem_of(word): rows for word, rows in trained.words.items()}
     if layout == "diffusers":  # its alpha stands in the metadata, which other programs do not read
         modules = folded(modules)
-    content = lora_bytes(modules, layout=layout, dtype=dtype, metadata=metadata, words=words)
+    options: dict[str, Any] = {"layout": layout, "dtype": dtype, "metadata": metadata}
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
+        temporary.write_bytes(lora_bytes(modules, **options))
         verify_file(temporary, modules, dtype)
         check(temporary)
+        if words:  # diffusers does not read such a file
+            temporary.unlink()
+            temporary.write_bytes(lora_bytes(modules, words=words, **options))
+            verify_file(temporary, modules, dtype)
 
     publish_file(path, write)
 

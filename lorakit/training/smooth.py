@@ -23,7 +23,7 @@ class Smooth(Term):
 
     def __init__(self, cfg: Any):
         settings = cfg.smooth or SmoothSettings()
-        self.weight, self.decay = settings.weight, settings.decay
+        self.weight, self.decay, self.noise_every = settings.weight, settings.decay, settings.every
         self.judges = names_of(cfg.objective) == ("smooth",)
         self.mean, self.steps = 0.0, 0
 
@@ -33,8 +33,16 @@ class Smooth(Term):
         return self.mean / (1 - (1 - self.decay) ** self.steps) if self.steps else None
 
     def loss(self, models: Models, at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        rate = rates(models, at, create_graph=True)  # (B,)
-        return (rate - self._usual(rate)) ** 2, {"rate": rate}
+        """Every `noise_every`-th sample carries it; `rate` is 0 where `measured` is."""
+        none = at.batch.latents.new_zeros(len(at.batch.keys))
+        if not at.noise_rows:
+            return 0 * at.prediction.flatten(1).mean(dim=1), {"rate": none, "measured": none}
+        rows = torch.tensor(at.noise_rows, device=none.device)
+        rate = rates(models, at, create_graph=True)  # (R,)
+        loss = self.noise_every * (rate - self._usual(rate)) ** 2
+        told = {"rate": rate.detach(), "measured": torch.ones_like(rate)}
+        placed = {name: none.index_add(0, rows, each) for name, each in told.items()}
+        return none.index_add(0, rows, loss), placed
 
     def validation(self, models: Models, at: Pass) -> Tensor | None:
         """How uneven the rates are; beside another objective it has no say, for that one sees the price."""
@@ -46,8 +54,9 @@ class Smooth(Term):
         return (rate - self._usual(rate)) ** 2
 
     def finish_step(self, means: Mapping[str, float]) -> None:
-        self.mean += self.decay * (means["rate"] - self.mean)
-        self.steps += 1
+        if means["measured"] > 0:
+            self.mean += self.decay * (means["rate"] / means["measured"] - self.mean)
+            self.steps += 1
 
     def state_dict(self) -> dict[str, float]:
         return {"mean": self.mean, "steps": self.steps}
@@ -61,14 +70,15 @@ class Smooth(Term):
 
 
 def rates(models: Models, at: Pass, create_graph: bool) -> Tensor:
-    """r of each sample, (B,), float32.
+    """r of each sample of `at.noise_rows`, (R,), float32.
 
     Args:
         create_graph: keep what a gradient of r needs: a second derivative of the U-Net.
     """
-    schedule, timesteps = models.schedule, at.batch.timesteps
-    x_0, _ = schedule.predicted(at.prediction.float(), at.x_t, timesteps)  # (B, C, h, w)
-    _, sigma = schedule.at(timesteps, x_0)  # (B, 1, 1, 1)
-    direction = at.batch.normal("smooth direction") * sigma / math.sqrt(x_0[0].numel())
+    rows, schedule = at.noise_rows, models.schedule
+    timesteps = at.batch.timesteps[rows]
+    x_0, _ = schedule.predicted(at.prediction[rows].float(), at.x_t[rows], timesteps)  # (R, C, h, w)
+    _, sigma = schedule.at(timesteps, x_0)  # (R, 1, 1, 1)
+    direction = at.batch.normal("smooth direction")[rows] * sigma / math.sqrt(x_0[0].numel())
     (pulled,) = torch.autograd.grad((x_0 * direction).sum(), at.noise, create_graph=create_graph)
-    return pulled.flatten(1).norm(dim=1)
+    return pulled[rows].flatten(1).norm(dim=1)

@@ -40,6 +40,8 @@ def settled(cfg: TrainConfig) -> tuple[TrainConfig, list[str]]:
         if any(pair.magnitude is not None for pair in file.modules.values()):
             raise UserError(f"base_loras: {entry.path} is DoRA, which is not merged: name plain LoRAs")
         notes += [f"{entry.path}: {note}" for note in own]
+        if not any(pair.scale for pair in file.modules.values()):
+            notes.append(f"base_loras: {entry.path} has alpha 0, so that it changes nothing")
     for entry in teacher_loras(cfg):
         file, own = read_any(Path(entry.path))
         _check(file.modules, base, entry.path)
@@ -95,7 +97,10 @@ def _settings(cfg: TrainConfig, modules: Modules, base: BaseInfo) -> dict[str, A
         )
     rank = found.get("rank", cfg.rank)
     if cfg.lora_alpha is None:
-        scale = Counter(pair.scale for pair in modules.values()).most_common(1)[0][0]
+        scales = Counter(abs(pair.scale) for pair in modules.values() if pair.scale)  # a sign goes to `up`
+        if not scales:
+            raise UserError(f"init_lora: {path} has alpha 0, so that it changes nothing: set lora_alpha")
+        scale = scales.most_common(1)[0][0]
         found["lora_alpha"] = scale * (math.sqrt(rank) if cfg.use_rslora else rank)
     parts = {component_of(name) for name in modules}
     if "text_encoder" in parts and not cfg.train_text_encoder:

@@ -7,6 +7,7 @@ delta = (alpha / rank) * up @ down.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -243,12 +244,22 @@ def _laid_out(
 def folded(modules: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
     """The same changes with alpha = rank, by `up`: for readers that know the tensors and no alpha.
 
-    DoRA's too, which renormalizes the sum of the base and the scaled product.
+    DoRA's too, which renormalizes the sum of the base and the scaled product. Where the scaled `up` has no
+    room in its dtype, a power of two moves to `down`, which changes no digit of it.
     """
-    return {
-        name: replace(pair, up=(pair.up.float() * pair.scale).to(pair.up.dtype), alpha=float(pair.rank))
-        for name, pair in modules.items()
-    }
+    return {name: _folded(pair) for name, pair in modules.items()}
+
+
+def _folded(pair: LoraPair) -> LoraPair:
+    import torch
+
+    up, down = pair.up.float() * pair.scale, pair.down.float()
+    rounded = up.to(pair.up.dtype).float()
+    fits = bool((rounded - up).norm() <= torch.finfo(pair.up.dtype).eps * up.norm())  # not with infinity
+    if down.any() and not fits:
+        shift = 2.0 ** round(0.5 * math.log2(float(down.abs().max() / up.abs().max())))
+        up, down = up * shift, down / shift
+    return replace(pair, up=up.to(pair.up.dtype), down=down.to(pair.down.dtype), alpha=float(pair.rank))
 
 
 def _kohya_tensors(name: str, own: Mapping[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from lorakit.ground.errors import UserError
 from lorakit.weights.lora_file import LoraFile, LoraPair, is_vector
 from lorakit.weights.lora_numbered import named
 from lorakit.weights.lora_reader import Parts, is_product, lora_of, pairs, read_parts
+from lorakit.weights.lora_report import rank_span
 from lorakit.weights.lycoris import doubtful, expanded, told_ranks
 from lorakit.weights.mixing import Factors, Mixed, factorise, factors, measured, packed, truncate
 
@@ -84,7 +85,7 @@ def _note(parts: Parts, kept: Mixed) -> str:
     ranks = [pair.rank for pair in kept.modules.values()]
     return (
         f"{len(ranks)} modules of {_FORMS[parts.layout]} were expanded to LoRA of rank "
-        f"{min(ranks)} to {max(ranks)}: kept energy {1 - kept.error() ** 2:.4%}, "
+        f"{rank_span(ranks)}: kept energy {1 - kept.error() ** 2:.4%}, "
         f"least {1 - kept.error(kept.worst()) ** 2:.4%} in {kept.worst()}"
     )
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lorakit.weights.lora_file import kohya_name, split_name
+from lorakit.weights.lora_file import kohya_name, split_name, unflatten
 from lorakit.weights.lora_metadata import Component
 from lorakit.weights.original_names import unet_name
 
@@ -82,6 +82,19 @@ class Key(NamedTuple):
     layout: str
     adapter: str = ""
     repaired: bool = False
+
+
+def layer_names(keys: Iterable[str]) -> list[str]:
+    """The layers that a file of these keys changes; none where it numbers them."""
+    names = {parsed.name for key in keys if (parsed := parse_key(key))}
+    if any("#" in name for name in names):
+        return []
+    return sorted(layer_name(*unflatten(name)) for name in names)
+
+
+def layer_name(component: str, dotted: str) -> str:
+    """A layer's name among both models': `mid_block.…`, or `text_encoder.encoder.…` without `text_model`."""
+    return dotted if component == "unet" else f"text_encoder.{dotted.removeprefix('text_model.')}"
 
 
 def parse_key(key: str) -> Key | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, unflatten
 from lorakit.weights.mixing import factors, inner, squared_distance
-from lorakit.weights.tensors import file_payload_sha256
+from lorakit.weights.tensors import file_payload_sha256, header_dtypes
 
 _KINDS = {
     "biases and norms": (".bias", "norm"),
@@ -34,9 +34,7 @@ def describe(path: Path, file: LoraFile, *, each: bool) -> list[str]:
         (p.down.shape[1] for n, p in modules.items() if n.endswith(("attn2_to_k", "attn2_to_v"))), None
     )
     base = base_of(modules) or "unknown"
-    dtypes = sorted(
-        {str(t.dtype).removeprefix("torch.") for p in modules.values() for t in p.tensors().values()}
-    )
+    dtypes = sorted({dtype for key, dtype in header_dtypes(path).items() if not key.endswith("alpha")})
     parameters = sum(tensor.numel() for pair in modules.values() for tensor in pair.tensors().values())
     size = path.stat().st_size / 1e6
     ranks = Counter((pair.rank, pair.alpha) for pair in modules.values())
@@ -106,6 +104,12 @@ def training_config(metadata: Mapping[str, str]) -> dict[str, str]:
     return {
         key: value for key, value in sorted(metadata.items()) if key.startswith("ss_") and key not in long
     }
+
+
+def rank_span(ranks: Sequence[int]) -> str:
+    """`4 to 16`, or `16` where all are alike."""
+    low, high = min(ranks), max(ranks)
+    return f"{low} to {high}" if low < high else f"{low}"
 
 
 def _cosine(product: float, square_1: float, square_2: float) -> str:

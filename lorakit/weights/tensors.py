@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+# The format's name -> torch's, in the order in which the library lays tensors out, so that each is aligned.
+_WRITTEN = dict(
+    zip(
+        "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 I8 U8 BOOL".split(),
+        "uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 bool".split(),
+        strict=True,
+    )
+)
+DTYPE_NAMES = _WRITTEN | {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+"""torch's names of what is read."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -63,12 +73,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview[int]:
 
 
 def _dtypes() -> dict[torch.dtype, str]:
-    """The format's names, in the order in which the library lays tensors out, so that each is aligned."""
+    """The format's names of what is written."""
     import torch
 
-    names = "uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 bool"
-    short = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 I8 U8 BOOL"
-    return {getattr(torch, name): code for name, code in zip(names.split(), short.split(), strict=True)}
+    return {getattr(torch, name): code for code, name in _WRITTEN.items()}
 
 
 def payload_sha256(data: bytes | Iterable[bytes | memoryview[int]]) -> str:
@@ -124,6 +132,15 @@ def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
             f"{path}: is truncated: it holds {share} % of the bytes that its header names; fetch it again"
         )
     return shapes, metadata
+
+
+def header_dtypes(path: Path) -> dict[str, str]:
+    """The dtype of every tensor, as DTYPE_NAMES has it. Raises what `read_header` raises."""
+    read_header(path)
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {name: DTYPE_NAMES.get(entry["dtype"], entry["dtype"]) for name, entry in header.items()}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

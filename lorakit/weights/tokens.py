@@ -16,9 +16,14 @@ _MARKS = re.compile(
     r"<(?:lora|lyco|hypernet):[^<>]*>|\([^()]*:\s*\d*\.?\d+\s*\)|\(\(.*?\)\)|(?<!\\)\[[^\[\]]*\]|\bBREAK\b"
 )
 
+_UNSPACED = "\u2e80"  # from here on scripts have no spaces between words, which the tokenizer takes for one
+
 
 class Overlong(NamedTuple):
-    """Text number `index` has `tokens`, with the marks of its ends; `limit` are read, `words` are not."""
+    """Text number `index` has `tokens`, with the marks of its ends; `limit` are read.
+
+    `words` are not, the first of them perhaps in part.
+    """
 
     index: int
     tokens: int
@@ -43,6 +48,9 @@ def overlong(info: BaseInfo, texts: Sequence[str], tokenizer: Any = None) -> lis
         encoding = backend.encode(text)
         if len(encoding.ids) > limit:
             start, _ = encoding.offsets[limit - 1]  # the last that is read is the mark of the end
+            words = encoding.word_ids
+            if words[limit - 1] == words[limit - 2] and text[start] < _UNSPACED:
+                start, _ = encoding.word_to_chars(words[limit - 1])
             found.append(Overlong(index, len(encoding.ids), limit, text[start:].strip()))
     return found
 

@@ -18,6 +18,7 @@ from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.film import endpoints
 from lorakit.film.config import MorphConfig
 from lorakit.film.morph_plan import make_morph_plan
+from lorakit.ground import randomness
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.pictures.folder import Row
@@ -322,6 +323,58 @@ def fit_of(opened_, error):
     count = len(pictures)
     rows = Rows(torch.zeros(count, 1, 1), torch.zeros(count, 1, 1), torch.zeros(count, len(adapters)))
     return *endpoints.check_fit(cfg, denoiser, rows, pictures, adapters), denoiser
+
+
+@pytest.fixture
+def doras(tiny_unet, random_lora, tmp_path) -> list[str]:
+    """Two DoRA files for the tiny base, their magnitudes half as large again as those of its weights."""
+    from lorakit.weights.lora_file import lora_bytes
+
+    paths = [tmp_path / f"dora_{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(number)
+        modules = {
+            name: replace(
+                pair, magnitude=pair.magnitude * (1 + torch.rand(len(pair.up), generator=generator))
+            )
+            for name, pair in random_lora(
+                tiny_unet(), number, targets="attention", use_dora=True
+            ).modules.items()
+        }
+        path.write_bytes(lora_bytes(modules, layout="diffusers", metadata={}))
+    return [str(path) for path in paths]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_no_lora_is_the_base_alone_under_the_pictures_own_prompt_whatever_doras_are_loaded(opened, doras):
+    """The same figure on ckpt/miniature, by prompt: docs/LOG.md."""
+    cfg, plan, bare, _ = opened(loras=(False, False))
+    schedule, pictures = bare.noise_schedule(), latents_of(cfg, plan, bare)
+
+    def by_hand(start, prompt):
+        embeds, losses = bare.text_encoder(bare.tokenize([prompt]))[0], []
+        for timestep in (200, 400, 600, 800):
+            a = float(schedule.alpha_bar[timestep])
+            noise = randomness.normal(tuple(start.shape), 0, "fit", timestep)
+            noisy = math.sqrt(a) * start + math.sqrt(1 - a) * noise
+            losses.append(float((bare.unet(noisy, timestep, embeds).sample - noise).square().mean()))
+        return sum(losses) / 4
+
+    wanted = [by_hand(start, picture.prompt) for start, picture in zip(pictures, cfg.images, strict=True)]
+    images = cfg.model_dump(mode="json")["images"]
+    for named in ((0, 1), (1, 0), (0, None)):
+        own = [
+            image | {"lora": None if number is None else doras[number]}
+            for image, number in zip(images, named, strict=True)
+        ]
+        cfg, plan, base, adapters = opened(images=own)
+        denoiser = Denoiser(base.unet, base.noise_schedule(), list(adapters.values()))
+        rows = endpoints.conditions(cfg, base, adapters)
+        table, _ = endpoints.check_fit(cfg, denoiser, rows, pictures, adapters)
+        assert table["none"] == pytest.approx(wanted, rel=1e-5)
+        assert all(abs(table[path][0] / wanted[0] - 1) > 1e-4 for path in adapters)
+    assert abs(by_hand(pictures[0], "") / wanted[0] - 1) > 1e-4  # the prompt decides it too
 
 
 def test_losses_are_those_of_each_lora_on_each_picture(opened, fitted):

@@ -7,10 +7,12 @@ import pytest
 
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import UserError
+from lorakit.sampling import model_files
 from lorakit.sampling.config import A1111_SAMPLERS, SchedulerName
 from lorakit.sampling.generate_plan import GenerateConfig, all_asked, read_lines
-from lorakit.sampling.model_files import find_lora, portable
+from lorakit.sampling.model_files import find_lora, fingerprint, fingerprint_ahead, portable
 from lorakit.sampling.prompt_file import read_prompt_file
+from lorakit.weights.base import inspect_base
 
 
 @pytest.fixture
@@ -98,9 +100,9 @@ def test_each_subject_has_a_config_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a\nb --s 0", "line 2: num_inference_steps Input should be greater than or equal to 1"),
-        ("a --d -1", "line 1: seed Input should be greater than or equal to 0"),
-        ("a --w 64", "line 1: Value error, width, height: give both or neither"),
+        ("a\nb --s 0", "line 2: num_inference_steps: must be an integer >= 1 and <= 999 or null, not 0"),
+        ("a --d -1", "line 1: seed: must be an integer >= 0 and "),
+        ("a --w 64", "line 1: width, height: give both or neither"),
         ("a --l 3", "line 1: sets guidance_scale, which the grid varies"),
     ],
 )
@@ -108,6 +110,21 @@ def test_a_line_that_sets_what_cannot_be_is_refused(tmp_path, text, words):
     with pytest.raises(UserError) as caught:
         asked(tmp_path, text, "grid.guidance_scale=[1,2]")
     assert words in str(caught.value)
+
+
+def test_all_faults_of_a_file_are_said_at_once_each_with_its_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a --s 0 --d -1\nb\nc --w 60 --h 60\nd --t 3 --s x --ss ddpm\n--n only\ne --l 0.5")
+    cfg = load_config(GenerateConfig, None, [f"prompt_file={path}"]).config
+    with pytest.raises(UserError) as caught:
+        read_lines(cfg, inspect_base("ckpt/miniature"))
+    starts = [line.removeprefix(f"{path}: line ")[:12] for line in str(caught.value).splitlines()]
+    assert starts[:4] == ["1: num_infer", "1: seed: mus", "3: width 60:", "3: height 60"]
+    assert starts[4:] == ["4: --t: is n", "4: --s: num_", "4: --ss: ddp", "5: has no pr", "6: guidance_"]
+    assert len(asked(tmp_path, "a --s 1 --d 1\nb\nc --w 64 --h 64")) == 3
+    with pytest.raises(UserError) as caught:
+        asked(tmp_path, "a --s 0\n" * 30)
+    assert len(str(caught.value).splitlines()) == 21 and str(caught.value).endswith("and more")
 
 
 def test_every_sampler_has_a_name_of_a1111():
@@ -158,3 +175,16 @@ def test_what_a_picture_keeps_of_a_path():
         and portable("some/hub-id") == "some/hub-id"
     )
     assert portable(f"{here}/ckpt/ink.safetensors") == portable("../x/ink.safetensors") == "ink.safetensors"
+
+
+def test_a_hash_that_was_begun_ahead_is_the_same_and_made_once(tmp_path):
+    path, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("a")
+    other.write_text("a")
+    before = model_files._file_hash.cache_info().misses
+    fingerprint_ahead(str(path))
+    assert fingerprint(str(path)) == fingerprint(str(path)) is not None
+    assert model_files._file_hash.cache_info().misses == before + 1
+    assert fingerprint(str(other)) == fingerprint(str(path))
+    fingerprint_ahead(str(tmp_path / "missing"))
+    assert fingerprint(str(tmp_path / "missing")) is None

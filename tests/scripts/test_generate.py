@@ -336,6 +336,23 @@ def test_a_run_that_makes_no_picture_leaves_the_earlier_one_as_it_is(run, argume
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("weight", [1, 0])
+def test_check_refuses_a_part_that_the_lora_does_not_have(arguments, fitted, tmp_path, weight):
+    path = str(fitted[0])
+
+    def check(*loras):
+        entries = [{"path": path, "weight": weight, **lora} for lora in loras]
+        return generate.main(arguments("--check", loras=entries))
+
+    assert check({"blocks": {"mid_block": 0.5, "up_blocks.1": 0}}) == 0
+    for block in ("middle", "up_blocks.1.att", "text_encoder"):
+        with pytest.raises(UserError, match=f"{path} has nothing in {block}; it has .*mid_block.attentions"):
+            check({"blocks": {block: 0.5}})
+    with pytest.raises(UserError, match="named twice, with blocks"):
+        check({}, {"blocks": {"mid_block": 0.5}})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.quick
 def test_the_same_command_gives_the_same_files(run):
     one, other = run(overwrite=True), run(name="other")

@@ -151,6 +151,9 @@ def test_a_prompt_file_of_sd_scripts(run, tmp_path):
     made = pictures_in(folder)
     assert [each.shape[:2] for each in made] == [(16, 24)] * 2 + [(16, 16)] * 2
     own = dict(width=24, height=16, negative_prompt="blurry", num_inference_steps=3, guidance_scale=2)
+    assert [row["line"] for row in rows[1:3]] == [
+        {"number": 2, **own, "seed": 3}, {"number": 3, "negative_prompt": "x"}
+    ]  # fmt: skip
     alone = pictures_in(run(prompt="a lake", seed=4, **own, name="alone"))[0]
     assert distance(alone, made[1]) <= ONE_LEVEL
     other = pictures_in(run(prompt="a lake", seed=4, **own | {"negative_prompt": ""}, name="other"))[0]

@@ -363,7 +363,10 @@ def test_every_verb_takes_float8_and_writes_the_numbers_as_float16(tmp_path, cap
         run(capsys, *argv, f"out={out}", "overwrite=true")
         found = read_lora(out).modules[Q]
         assert found.up.dtype == kind and relative(found.delta(), factor * wanted) < 2e-3
-    assert "float8" in run(capsys, "inspect", path)
+    said = run(capsys, "inspect", path)
+    assert f" MB, {str(dtype).removeprefix('torch.')}, " in said and " MB, float16" not in said
+    half = write(out, lora(1, names=(Q,), dtype=torch.float16))
+    assert " MB, float16, " in run(capsys, "inspect", half)
 
 
 def test_a_folder_of_peft_is_inspected_and_converted_at_its_strength(tmp_path, capsys):

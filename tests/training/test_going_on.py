@@ -132,6 +132,25 @@ def test_modules_of_several_ranks_and_scales_keep_their_changes(without_targets,
         torch.testing.assert_close(out[name].delta(), pair.delta(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [-2.0, 0.0])
+def test_a_sign_is_kept_and_alpha_0_needs_an_alpha(without_targets, start, tmp_path, alpha):
+    modules = {n: LoraPair(p.down, p.up, alpha) for n, p in read_lora(start).modules.items()}
+    path = write(tmp_path / "other.safetensors", LoraFile(modules, {}, "kohya"))
+    if alpha == 0:
+        with pytest.raises(UserError, match="has alpha 0, so that it changes nothing: set lora_alpha"):
+            settled(config_of(without_targets(init_lora=path)))
+        cfg, _ = settled(config_of(without_targets(init_lora=path, lora_alpha=3.0)))
+        assert cfg.lora_alpha == 3
+        for entry, said in ((path, True), (start, False)):
+            _, notes = settled(config_of(without_targets(base_loras=[{"path": entry}])))
+            assert any("has alpha 0, so that it changes nothing" in note for note in notes) == said
+        return
+    out = read_lora(train_from(without_targets(init_lora=path, learning_rate=0.0))).modules
+    assert all(pair.alpha == pytest.approx(2.0) for pair in out.values())
+    for name, pair in modules.items():
+        torch.testing.assert_close(out[name].delta(), pair.delta(), rtol=1e-5, atol=1e-6)
+
+
 def test_directions_beyond_the_file_are_trained_too(without_targets, start):
     out = read_lora(train_from(without_targets(init_lora=start, rank=5, learning_rate=1e-2))).modules
     assert all(float(pair.up[:, 3:].abs().max()) > 0 for pair in out.values())

@@ -24,11 +24,12 @@ def make_batch(count: int = 3, dtype=torch.float32) -> Batch:
     latents, noise = torch.randn(2, count, 4, 8, 8, generator=rng).to(dtype)
     keys = tuple((7, position) for position in range(count))
     embeds = torch.randn(count, 5, 16, generator=rng).to(dtype)
-    return Batch(latents, noise, torch.tensor([10, 500, 990])[:count], embeds, None, keys)
+    return Batch(latents, noise, torch.tensor([10, 500, 990, 300])[:count], embeds, None, keys)
 
 
 def term_of(objective=("denoise", "smooth"), **settings) -> Smooth:
-    return Smooth(SimpleNamespace(objective=objective, smooth=SmoothSettings(**settings)))
+    own = {"every": 1} | settings
+    return Smooth(SimpleNamespace(objective=objective, smooth=SmoothSettings(**own)))
 
 
 def models_of(student, prediction_type="epsilon") -> Models:
@@ -100,7 +101,7 @@ def test_the_rate_of_a_u_net_is_that_of_a_jacobian_vector_product_by_differences
 def test_the_second_derivative_reaches_the_lora_as_differences_say(adapted):
     unet, parameters = adapted
     models, batch, term = models_of(as_function(unet)), make_batch(dtype=torch.float64), term_of()
-    term.finish_step({"rate": 0.1})
+    term.finish_step({"rate": 0.1, "measured": 1.0})
     objective = Objective({"smooth": term}, noise_gradient=True)
     with objective.attention():
         loss, _ = objective.loss(models, batch, batch.prompt_embeds)
@@ -126,14 +127,14 @@ def test_the_second_derivative_reaches_the_lora_as_differences_say(adapted):
 def test_the_mean_is_the_first_rate_at_first_and_moves_once_a_step():
     term = term_of(decay=0.1)
     assert term.usual is None
-    term.finish_step({"rate": 3.0})
+    term.finish_step({"rate": 1.5, "measured": 0.5})
     assert term.usual == pytest.approx(3.0)  # no start at 0
-    term.finish_step({"rate": 5.0})
+    term.finish_step({"rate": 5.0, "measured": 1.0})
     assert term.usual == pytest.approx((0.9 * 3 + 5) / 1.9)
     again = term_of(decay=0.1)
     again.load_state_dict(term.state_dict())
     assert again.usual == term.usual
-    again.finish_step({"rate": 4.0})
+    again.finish_step({"rate": 4.0, "measured": 1.0})
     assert again.usual != term.usual
 
 
@@ -144,7 +145,7 @@ def test_the_first_step_costs_nothing_and_no_pass_moves_the_mean():
     (slope,) = torch.autograd.grad(loss.sum(), scale)
     assert loss.abs().max() == 0 and slope == 0 and (parts["rate"] > 0).all()
     assert term.state_dict() == {"mean": 0.0, "steps": 0}
-    term.finish_step({"rate": 0.0})
+    term.finish_step({"rate": 0.0, "measured": 1.0})
     assert (term.loss(models, pass_of(models, batch))[0] == parts["rate"] ** 2).all()
 
 
@@ -152,7 +153,7 @@ def test_the_first_step_costs_nothing_and_no_pass_moves_the_mean():
 def test_alone_it_judges_without_gradient_and_beside_another_it_does_not():
     models, batch = models_of(lambda x_t, *_: 0.3 * x_t), make_batch()
     alone, beside = term_of("smooth"), term_of()
-    alone.finish_step({"rate": 0.5})
+    alone.finish_step({"rate": 0.5, "measured": 1.0})
     at = Pass(models, batch, batch.prompt_embeds)
     found, wanted = alone.validation(models, at), rates_of(models, batch)
     torch.testing.assert_close(found, (wanted - 0.5) ** 2)
@@ -162,6 +163,40 @@ def test_alone_it_judges_without_gradient_and_beside_another_it_does_not():
 def rates_of(models, batch):
     with torch.enable_grad():
         return rates(models, pass_of(models, batch), create_graph=False).detach()
+
+
+def test_every_second_sample_carries_it_and_the_others_cost_what_they_always_do():
+    """A step of two halves: rates of both kinds of rows agree with a pass of all, and the other is apart."""
+    calls, batch = [], make_batch(4)
+
+    def student(x_t, *_):
+        calls.append((len(x_t), x_t.requires_grad))
+        return 0.3 * x_t
+
+    models, whole, half = models_of(student), term_of(), term_of(every=2)
+    for term in (whole, half):
+        term.finish_step({"rate": 0.5, "measured": 1.0})
+    every, parts = whole.loss(models, pass_of(models, batch))
+    assert calls == [(4, True)]
+    at = Pass(models, batch, batch.prompt_embeds, noise_gradient=True, noise_every=2)
+    torch.testing.assert_close(at.prediction, 0.3 * at.x_t)
+    assert calls[1:] == [(2, True), (2, False)]
+    second, halves = half.loss(models, at)
+    torch.testing.assert_close(second[::2], 2 * every[::2])
+    assert (second[1::2] == 0).all() and halves["measured"].tolist() == [1, 0, 1, 0]
+    assert torch.equal(halves["rate"][::2], parts["rate"][::2])
+
+
+def test_a_step_without_such_a_sample_moves_nothing():
+    scale, batch = torch.tensor(0.3, requires_grad=True), make_batch(2)
+    batch = Batch(batch.latents, batch.noise, batch.timesteps, batch.prompt_embeds, None, ((7, 1), (7, 3)))
+    models, term = models_of(lambda x_t, *_: scale * x_t), term_of("smooth", every=2)
+    at = Pass(models, batch, batch.prompt_embeds, noise_gradient=True, noise_every=2)
+    loss, parts = term.loss(models, at)
+    (slope,) = torch.autograd.grad(loss.sum(), scale)
+    assert loss.abs().max() == 0 and slope == 0
+    term.finish_step({name: float(part.mean()) for name, part in parts.items()})
+    assert term.usual is None
 
 
 @pytest.mark.parametrize(

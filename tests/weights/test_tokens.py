@@ -51,6 +51,24 @@ def test_what_is_lost_is_what_the_user_wrote_and_the_rest_is_read_alike(tiny_bas
     assert whole != tokenizer(LONG.removesuffix("ountains, " + lost.words), **options).input_ids
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a " * 28 + "unmistakable lake", "unmistakable lake"),
+        ("a " * 30 + "unmistakable", "unmistakable"),
+        ("a, " * 15 + "lake", "lake"),
+    ],
+)
+def test_what_is_lost_begins_with_a_word(tiny_base, text, words):
+    (lost,) = overlong(inspect_base(str(tiny_base)), [text])
+    assert lost.words == words
+
+
+def test_a_script_without_spaces_is_cut_where_it_is(tiny_base):
+    (lost,) = overlong(inspect_base(str(tiny_base)), ["漢字" * 20])
+    assert 0 < len(lost.words) < 40
+
+
 def test_a_note_is_said_once_for_each_text(tiny_base):
     info = inspect_base(str(tiny_base))
     assert unread_notes(info, [FITS, ""]) == []
