@@ -1,12 +1,15 @@
 """How far a run is and which of its LoRAs was best, as a checkpoint keeps it."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lorakit.weights.lora_file import LoraPair
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Modules = dict[str, LoraPair]
 
