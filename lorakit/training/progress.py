@@ -1,5 +1,7 @@
 """How far a run is and which of its LoRAs was best, as a checkpoint keeps it."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
