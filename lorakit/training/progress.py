@@ -19,7 +19,7 @@ class Trained:
     """A LoRA by kohya name, and what new words stand for, (n, D) each; one of the two may be empty."""
 
     modules: Modules
-    words: "dict[str, Tensor]"
+    words: dict[str, Tensor]
 
 
 @dataclass
