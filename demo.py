@@ -141,7 +141,7 @@ def main() -> None:
     from lorakit.pictures.images import save_png
     from lorakit.pictures.sheet import contact_sheet
 
-    times = {f"training {config}": each for config, each in zip(CONFIGS, fit(CONFIGS), strict=True)}
+    times = {f"training {config.stem}": each for config, each in zip(CONFIGS, fit(CONFIGS), strict=True)}
     start = time.perf_counter()
     rows = [show(config) for config in CONFIGS]
     sheet = contact_sheet(

@@ -126,9 +126,10 @@ def main() -> None:
     renders, labels, captions = judged_renders(args.pictures, side, FIRST)
     others = judged_renders(args.pictures, side, FIRST + 1_000_000)[0]
     unit = texture_distance(texture(distance, renders), texture(distance, others))
-    judge = trained_classifier(Path("out/miniature"), *args.classifier, side, None)
-    in_style = args.style or args.styled
-    if in_style:
+    in_style, judge = args.style or args.styled, None
+    if not in_style:  # the judge knows the styles of the base
+        judge = trained_classifier(Path("out/miniature"), *args.classifier, side, None)
+    else:
         captions = [judging_scene(FIRST + i, STYLE).caption(STYLE) for i in range(args.pictures)]
     files = {"lcm": (args.lora, 1.0), "style": (in_style, 0.8 if args.style else 1.0)}
     stack, rows, sheets, reference = LoraStack(base), [], [], None
@@ -142,7 +143,7 @@ def main() -> None:
         sharp, moments = sharpness(pictures), texture(distance, pictures)
         reference = reference or (sharp, moments)
         row = {"sharpness": sharp / reference[0], "texture": texture_distance(moments, reference[1]) / unit}
-        right = None if in_style else obeyed(judge, pictures, labels)
+        right = None if judge is None else obeyed(judge, pictures, labels)
         goal = GOALS.get(way.evaluations)
         rows.append({"way": asdict(way), "evaluations": way.evaluations, **row, "obeyed": right})
         print(

@@ -245,7 +245,7 @@ def folded(modules: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
     """The same changes with alpha = rank, by `up`: for readers that know the tensors and no alpha.
 
     DoRA's too, which renormalizes the sum of the base and the scaled product. Where the scaled `up` has no
-    room in its dtype, a power of two moves to `down`, which changes no digit of it.
+    room in its dtype, a power of two moves from one factor to the other.
     """
     return {name: _folded(pair) for name, pair in modules.items()}
 
