@@ -8,8 +8,8 @@
 The picture is inverted (Song et al. 2021), and sampled under the new prompt along its own path, each step put
 right by what the picture's own step misses it by (after Ju et al. 2024): with the same prompt that is the
 picture itself. `lorakit/editing/` has the methods. Reads a base, a picture, LoRA files, a mask. Writes to
-<output_dir>/<name>/: numbered PNGs that carry their config, sheet.png, report.json, and index.html
-to look at.
+<output_dir>/<name>/: numbered PNGs that carry their config, sheet.png, index.html,
+report.json.
 """
 
 import sys
@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.editing.config import EditConfig
-from lorakit.editing.edit_plan import EditPlan, make_edit_plan
+from lorakit.editing.edit_plan import EditPlan, count_results, describe_edit, make_edit_plan
 from lorakit.ground.command import print_notes
 from lorakit.ground.process import StopFlag, run_guarded
 from lorakit.pictures.images import psnr
 from lorakit.sampling.fitting import OF_THE_BASE, Fit, fit_lora
 from lorakit.sampling.gallery import Gallery, Picture, fill_folder
 from lorakit.sampling.recipe import parse_sampling
-from lorakit.weights.base_settings import base_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +68,7 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
                 gallery.add(Picture(result.image, subject, result.seed, at, single, result.target, facts))
                 bar.update()
     seconds, evaluations = round(time.perf_counter() - started, 2), desk.denoiser.evaluations
-    report = {"seconds": seconds, "device": str(base.device), "evaluations": evaluations}
+    report: dict[str, Any] = {"seconds": seconds, "device": str(base.device), "evaluations": evaluations}
     report |= {"definitions": DEFINITIONS}
     sheets = gallery.finish(report)
     write_page(gallery, report)
@@ -89,10 +88,6 @@ def compared(round_trip: "Image", image: "Image") -> dict[str, float | None]:
         "edge_f1": round(edge_f1(edges(round_trip), edges(image)), 4),
         "psnr": None if likeness == float("inf") else round(likeness, 2),
     }
-
-
-def count_results(cfg: EditConfig) -> int:
-    return sum(len(cell.targets()) * len(cell.seeds()) for _, cell in cfg.numbered_cells())
 
 
 def fit_missing(cfg: EditConfig, plan: EditPlan, folder: Path) -> None:
@@ -116,7 +111,6 @@ def main(argv: Sequence[str]) -> int:
     cfg = command.config
     plan = make_edit_plan(cfg)
     width, height = plan.shape
-    count = count_results(cfg)
 
     def make(folder: Path) -> list[Path]:
         fit_missing(cfg, plan, folder)
@@ -125,10 +119,10 @@ def main(argv: Sequence[str]) -> int:
     return fill_folder(
         command,
         make,
-        what=f"{count} of {cfg.image} at {width}x{height} with {plan.base.name}",
+        what=f"{count_results(cfg)} of {cfg.image} at {width}x{height} with {plan.base.name}",
         notes=plan.notes,
-        forecast=lambda: [f"base        {plan.base.name} ({plan.base.kind}), {base_line(plan.base)}"],
-        files=f"{count} pictures, report.json",
+        forecast=lambda: describe_edit(cfg, plan),
+        files=f"{count_results(cfg)} pictures, report.json",
     )
 
 

@@ -149,7 +149,7 @@ def row_of(case: Case, image: Image.Image, model: Classifier | None) -> Row:
 
 
 def average(rows: list[Row]) -> Row:
-    values = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    values = {key: [each for row in rows if (each := row[key]) is not None] for key in rows[0]}
     return {key: round(mean(found), 3) if found else None for key, found in values.items()}
 
 

@@ -1,5 +1,6 @@
 """What edit.py will do, worked out from its config and from files' headers. No torch here."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,12 @@ from lorakit.pictures.images import crop, image_size, load_image, resize_to_cove
 from lorakit.pictures.views import assign_shapes
 from lorakit.sampling.config import check_size
 from lorakit.sampling.fitting import missing_loras
+from lorakit.sampling.forecast import memory_lines
 from lorakit.sampling.prompts import text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
-from lorakit.weights.base_settings import clip_skip_notes
+from lorakit.weights.base_settings import base_line, clip_skip_notes
 from lorakit.weights.few_steps import refuse_few_steps
+from lorakit.weights.lora_fit import fit_of
 
 SMALL_CHANGE = 0.5
 """Of `start`: from here on most edits are hardly seen, see docs/EDIT.md."""
@@ -61,6 +64,36 @@ def make_edit_plan(cfg: EditConfig, base: BaseInfo | None = None) -> EditPlan:
         notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0])]
     notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base)
     return EditPlan(base, shape, missing, mask, tuple(dict.fromkeys(notes)))
+
+
+def count_results(cfg: EditConfig) -> int:
+    return sum(len(cell.targets()) * len(cell.seeds()) for _, cell in cfg.numbered_cells())
+
+
+def describe_edit(cfg: EditConfig, plan: EditPlan) -> list[str]:
+    """The plan in lines for --check.
+
+    Raises:
+        UserError: a LoRA that does not fit the base.
+    """
+    cells = [cell.resolved()[0] for _, cell in cfg.numbered_cells()]
+    lines = [f"base        {plan.base.name} ({plan.base.kind}), {base_line(plan.base)}"]
+    paths = dict.fromkeys(lora.path for cell in cells for lora in (*cell.all_loras(), *cell.prompt_loras()))
+    lines += [f"LoRA        {path}: {fit_of(path, plan.base)}" for path in paths if path not in plan.missing]
+    lines += [f"to train    {path}, with {cfg.fit_config}" for path in plan.missing]
+    lines += memory_lines(cells, plan.base, [plan.shape])
+    rows = sum(map(_evaluations, cells))
+    inverted = sum({cell.sampler()[1] for cell in cells if cell.method not in DRAWS})
+    lines.append(f"work        {rows:,} rows through the U-Net, {inverted} before them for each new path")
+    return lines
+
+
+def _evaluations(cell: EditConfig) -> int:
+    """Rows through the U-Net for a resolved cell; the picture rides beside the results of swap."""
+    _, steps, guidance = cell.sampler()
+    results = len(cell.targets()) * len(cell.seeds())
+    rows = results + (0 if cell.method in DRAWS else math.ceil(results / cell.batch_size))
+    return rows * (steps - cell.first_node()) * (1 + (guidance > 1))
 
 
 def shape_of(cfg: EditConfig, base: BaseInfo, size: tuple[int, int]) -> tuple[int, int]:

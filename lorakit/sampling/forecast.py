@@ -37,7 +37,7 @@ def describe_sampling(
     lines += [f"LoRA        {path}: {fit_of(path, info)}" for path in paths]
     resolved = [cfg.resolved()[0] for cfg in configs]
     lines += _token_lines(resolved, info)
-    lines += _memory_lines(resolved, info, shapes, extra)
+    lines += memory_lines(resolved, info, shapes, extra)
     evaluations = sum(count * _evaluations(cfg) for cfg in resolved)
     pictures = count * len(resolved)
     lines.append(
@@ -71,9 +71,10 @@ def _token_lines(configs: Sequence[SamplingConfig], info: BaseInfo) -> Iterator[
         yield f"tokens      {longest} in the longest prompt; {int(min(limit, info.max_tokens))} are read"
 
 
-def _memory_lines(
-    configs: Sequence[Any], info: BaseInfo, shapes: Sequence[tuple[int, int]], extra: int
+def memory_lines(
+    configs: Sequence[Any], info: BaseInfo, shapes: Sequence[tuple[int, int]], extra: int = 0
 ) -> Iterator[str]:
+    """Of resolved configs; nothing where the base is not known."""
     unet, vae = (info.configs.get(part) for part in ("unet", "vae"))
     if not info.known or not unet or not vae:
         return

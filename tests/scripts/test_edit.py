@@ -60,7 +60,7 @@ def mask(pictures, tmp_path):
 @pytest.mark.quick
 def test_several_targets_give_results_a_sheet_and_a_report(run, capsys):
     folder = run(target_prompt=[OTHER, OWN, THIRD])
-    names = {"0000.png", "0001.png", "0002.png", "sheet.png", "report.json"}
+    names = {"0000.png", "0001.png", "0002.png", "sheet.png", "report.json", "index.html"}
     assert {path.name for path in folder.iterdir()} == names
     out = capsys.readouterr().out
     assert out.startswith("pictures    3 of ") and "target_prompt is the prompt" in out
@@ -260,8 +260,11 @@ def test_a_config_that_cannot_be_meant_is_refused(name):
 
 
 def test_a_prompt_that_is_too_long_is_said_by_check_without_torch(command, arguments):
-    result = command("edit", arguments("--check", target_prompt="hills and " * 60))
+    result = command("edit", arguments("--check", target_prompt=["hills and " * 60, OTHER]))
     assert result.code == 0 and not result.torch and "is not read" in result.out
+    # Two results and the picture beside them, four steps each.
+    assert "work        12 rows through the U-Net, 4 before them for each new path" in result.out
+    assert "\nmemory      about" in result.out and "\nbase        " in result.out
 
 
 def test_presets_are_valid_and_the_schema_is_that_of_the_keys():
