@@ -71,9 +71,9 @@ def generate(cfg: GenerateConfig, info: BaseInfo, lines: list[Line], folder: Pat
         facts=lambda _, subject, __: lines[subject].facts(),
     )
     report = {"seconds": round(time.perf_counter() - started, 2), "device": str(base.device)}
-    paths = gallery.finish(report)
+    sheets = gallery.finish(report)
     write_page(gallery, report)
-    return paths
+    return sheets
 
 
 def main(argv: list[str]) -> int:

@@ -181,9 +181,9 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
         save_png(source.hint, folder / (f"edges_{number:03d}.png" if len(sources) > 1 else "edges.png"))
     seconds = round(time.perf_counter() - started, 2)
     report = {"seconds": seconds, "device": str(base.device), "controlnet": name, "definitions": DEFINITIONS}
-    paths = gallery.finish(report)
+    sheets = gallery.finish(report)
     write_page(gallery, report)
-    return paths
+    return sheets
 
 
 def main(argv: list[str]) -> int:
