@@ -36,7 +36,7 @@ def save_base(
         shutil.rmtree(folder)
     pipe.save_pretrained(folder)
     (folder / "captions.json").write_text(json.dumps(vocabulary(), indent=1) + "\n", encoding="utf-8")
-    _let_the_umask_decide(folder)
+    _make_public(folder)
 
 
 def save_part(folder: Path, part: Any, dtype: torch.dtype) -> None:
@@ -44,11 +44,15 @@ def save_part(folder: Path, part: Any, dtype: torch.dtype) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     _copy(part, dtype).save_pretrained(folder)
-    _let_the_umask_decide(folder)
+    _make_public(folder)
 
 
-def _let_the_umask_decide(folder: Path) -> None:
-    """Who may read the files: safetensors makes them their owner's alone."""
+def _make_public(folder: Path) -> None:
+    """The umask says who may read, where safetensors leaves files to their owner; no path of this machine."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     allowed = folder.stat().st_mode & 0o666
     for path in folder.rglob("*.safetensors"):
         path.chmod(allowed)

@@ -91,6 +91,8 @@ def test_the_recipe_makes_a_base_that_diffusers_and_this_toolkit_load(recipe):
     allowed = (folder / "probe").stat().st_mode
     (folder / "probe").unlink()
     assert all(path.stat().st_mode == allowed for path in [*files, *controlnet.iterdir()])
+    configs = [path for path in [*files, *controlnet.iterdir()] if path.suffix == ".json"]
+    assert not any(str(folder.parent) in path.read_text(encoding="utf-8") for path in configs)
     base = Base(info)
     latents = base.encode(torch.zeros(1, 3, 64, 64)).chunk(2, dim=1)[0]
     assert base.decode(latents * base.scaling_factor).shape == (1, 3, 64, 64)
