@@ -128,7 +128,8 @@ def main() -> None:
     unit = texture_distance(texture(distance, renders), texture(distance, others))
     in_style, judge = args.style or args.styled, None
     if not in_style:  # the judge knows the styles of the base
-        judge = trained_classifier(Path("out/miniature"), *args.classifier, side, None)
+        count, steps = args.classifier
+        judge = trained_classifier(Path("out/miniature"), count, steps, side, None)
     else:
         captions = [judging_scene(FIRST + i, STYLE).caption(STYLE) for i in range(args.pictures)]
     files = {"lcm": (args.lora, 1.0), "style": (in_style, 0.8 if args.style else 1.0)}
@@ -136,9 +137,8 @@ def main() -> None:
     print(f"{'':44}evaluations  sharpness  texture  obeyed")
     for way in ways(bool(args.style), bool(args.styled)):
         weights = {"style": 1.0} if way.loras == ("style",) else {}
-        stack.use(
-            [LoraEntry(path=files[name][0], weight=weights.get(name, files[name][1])) for name in way.loras]
-        )
+        used = [(files[name][0], weights.get(name, files[name][1])) for name in way.loras]
+        stack.use([LoraEntry(path=path, weight=weight, blocks={}, rank=None) for path, weight in used])
         pictures = draw(base, way, captions)
         sharp, moments = sharpness(pictures), texture(distance, pictures)
         reference = reference or (sharp, moments)

@@ -58,7 +58,8 @@ def _read(folder: Path, caption: str | None, **options: Any) -> Table:
     """The pictures of a folder, all with one caption where it is given."""
     if caption is None:
         return read_folder(folder, **options)
-    table = read_folder(folder, **(options | {"missing_captions": "empty"}))
+    options = {**options, "missing_captions": "empty"}
+    table = read_folder(folder, **options)
     rows = tuple(replace(row, caption=caption, others=()) for row in table.rows)
     return Table(rows, (), "prior.class_prompt")
 

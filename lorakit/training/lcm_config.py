@@ -45,7 +45,7 @@ class LcmSettings(Config):
 
 def lcm_settings(cfg: Any) -> LcmSettings:
     """Of a config whose objective is lcm."""
-    return cfg.lcm or LcmSettings()
+    return cfg.lcm or LcmSettings.model_validate({})
 
 
 def lcm_sampler(cfg: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Smooth(Term):
     """The squared distance of a sample's rate to the running mean of all."""
 
     def __init__(self, cfg: Any):
-        settings = cfg.smooth or SmoothSettings()
+        settings = cfg.smooth or SmoothSettings.model_validate({})
         self.weight, self.decay, self.noise_every = settings.weight, settings.decay, settings.every
         self.judges = names_of(cfg.objective) == ("smooth",)
         self.mean, self.steps = 0.0, 0
