@@ -23,8 +23,11 @@ from lorakit.ground.config import load_config
 from lorakit.ground.errors import UserError
 from lorakit.ground.runs import lock_run
 from lorakit.training.config import APPLIED, FIXED, FREE, BaseLora, TrainConfig
+from lorakit.training.lcm_config import LcmSettings
 from lorakit.training.plan import make_plan
+from lorakit.training.prior_config import PriorSettings
 from lorakit.training.resume import check_resume
+from lorakit.training.smooth_config import SmoothSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -416,6 +419,10 @@ def changed(key: str, value: object) -> object:
 
 
 OTHERS = {
+    "objective": "smooth",
+    "lcm": LcmSettings.model_validate({"solver_steps": 100}),
+    "prior": PriorSettings.model_validate({"prompts": ("x",)}),
+    "smooth": SmoothSettings.model_validate({"weight": 2.0}),
     "base_loras": (BaseLora(path=str(ROOT / "pyproject.toml")),),  # any file has a hash
     "mixed_precision": "bf16",
     "prediction_type": "v_prediction",

@@ -774,7 +774,7 @@ def test_every_key_is_read_by_some_code(settings, pictures, tmp_path, monkeypatc
     assert not seen  # neither loading nor its checks over two keys count
     changes = {"early_stop_patience": 5, "train_text_encoder": True, "crop": "random", "sample_steps": 6}
     assert train_lora.main(settings(sample_inference_steps=1, report_to="tensorboard", **changes)) == 0
-    of_other_runs = {"dataset_name", "dataset_config_name", "dataset_split", "image_column"}
+    of_other_runs = {"dataset_name", "dataset_config_name", "dataset_split", "image_column", "smooth"}
     assert set(TrainConfig.model_fields) - seen == of_other_runs | {"allow_data_change"}
     hub = {"data_dir": None, "dataset_name": str(pictures), "caption_column": "text", "ckpt_name": "hub"}
     assert train_lora.main(settings(**hub)) == 0
@@ -782,4 +782,5 @@ def test_every_key_is_read_by_some_code(settings, pictures, tmp_path, monkeypatc
     edit_lines(lambda lines: lines[1:])(other)
     again = {"data_dir": str(other), "missing_captions": "skip", "allow_data_change": True}
     assert train_lora.main(settings(resume_from_checkpoint=True, max_train_steps=8, **changes, **again)) == 0
+    assert train_lora.main(settings(objective=["denoise", "smooth"], ckpt_name="smooth")) == 0
     assert set(TrainConfig.model_fields) - seen == set()
