@@ -7,7 +7,7 @@ HELP := COLUMNS=100 PYTHON_COLORS=0 $(PY)
 SCRIPTS := train_lora generate style_transfer edit morph invert mix_lora
 VERBS := inspect mix scale resize convert merge extract diff retrain
 
-.PHONY: demo test quick times soak check bench gpu texts schema help-texts miniature clean
+.PHONY: demo test quick times soak check bench figures gpu texts schema help-texts miniature clean
 
 demo: .venv/run            ## train both mountain LoRAs on the embedded miniature, show what came out, and morph
 	$(PY) demo.py
@@ -33,6 +33,9 @@ bench: .venv/run           ## time a training step, a morph and a picture agains
 	$(PY) benchmarks/train.py
 	$(PY) benchmarks/morph.py
 	$(PY) benchmarks/style.py
+
+figures: .venv/run         ## the numbers and pictures of README and docs anew: hours, goes on where it was stopped
+	$(PY) benchmarks/figures.py
 
 minutes ?= 8
 gpu: .venv/dev             ## what a GPU does, in minutes=8; peer=PATH device=cpu base=narrow; its last line is JSON
