@@ -2,7 +2,7 @@
 
 autograd keeps a convolution's input for the gradient of its weight, which nobody asks for here, and both
 factors of a gated unit beside what they are made of: a quarter of what a step of SD 1.5 keeps. A function of
-one's own costs some microseconds more, which small models feel (a tenth of a step of the miniature).
+one's own costs some microseconds more, which small models feel (a seventh of a step of the miniature).
 """
 
 from typing import Any

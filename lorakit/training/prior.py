@@ -3,7 +3,7 @@
 Under other prompts the model shall answer as it does without its LoRA, on the same noisy latents: no class
 images are needed, and what is held is the model itself. With pictures of the class it is DreamBooth's
 preservation loss (Ruiz et al. 2023, eq. 2). Either is asked of every `every`-th sample, so that a step costs
-1.7 times a plain one and not 2.2.
+1.75 times a plain one and not 2.2.
 """
 
 from typing import Any
