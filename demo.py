@@ -71,12 +71,11 @@ def fit(configs: Sequence[Path]) -> list[float]:
 
 def show(config: Path) -> tuple[list, list[str]]:
     """One row of the sheet: picture, VAE round trip, each seed without and with LoRA; and its captions."""
-    import torch
-
     from lorakit.diffusion.lora import load_lora, lora_disabled
     from lorakit.diffusion.models import Base, set_up_backend
+    from lorakit.diffusion.paths import decode_picture, encode_picture
     from lorakit.pictures.folder import read_folder
-    from lorakit.pictures.images import crop, load_image, psnr, resize_to_cover, to_array
+    from lorakit.pictures.images import crop, load_image, psnr, resize_to_cover
     from lorakit.sampling.samplers import sample_images
     from lorakit.weights.base import inspect_base
 
@@ -86,7 +85,7 @@ def show(config: Path) -> tuple[list, list[str]]:
     row = read_folder(Path(cfg["data_dir"])).rows[0]
     side = cfg["resolution"]
     picture = crop(resize_to_cover(load_image(row.source), side, side), side, side)
-    round_trip = base.decode_pictures(base.mean_latents(torch.from_numpy(to_array(picture))[None]))[0]
+    round_trip = decode_picture(base, encode_picture(base, picture)[0])
     states = base.text_encoder(base.tokenize([row.caption, ""]))[0]
     load_lora(Path(cfg["output_dir"]) / f"{cfg['ckpt_name']}.safetensors", base.unet, adapter_name="fitted")
     options = {"seeds": SEEDS, "shape": (side, side), "steps": 25, "guidance_scale": GUIDANCE_SCALE}

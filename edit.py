@@ -12,6 +12,7 @@ picture itself. `lorakit/editing/` has the methods. Reads a base, a picture, LoR
 report.json.
 """
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
 
     from lorakit.diffusion.models import open_base
     from lorakit.editing.desk import Desk
+    from lorakit.pictures.edges import edge_f1
     from lorakit.sampling.page import write_page
 
     started = time.perf_counter()
@@ -54,6 +56,7 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
     desk = Desk(base, cfg, plan, Path(cfg.cache_dir or Path(cfg.output_dir) / "cache"))
     print_notes([*desk.fit_warnings(), *desk.stack.new_notes()])
 
+    before = edges_of(desk.round_trip)
     targets = list(dict.fromkeys(target for _, cell in cfg.numbered_cells() for target in cell.targets()))
     labels = targets if len(cfg.targets()) == len(targets) else ["result"]
     leads = [("picture", desk.picture), ("as the autoencoder returns it", desk.round_trip)]
@@ -63,7 +66,10 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
             cell, _ = cell.resolved()
             for result in desk.results(cell):
                 subject = labels.index(result.target) if result.target in labels else 0
-                facts = {"seconds": round(result.seconds, 4)} | compared(desk.round_trip, result.image)
+                facts: dict[str, Any] = {"seconds": round(result.seconds, 4)}
+                facts["edge_f1"] = round(edge_f1(before, edges_of(result.image)), 4)
+                likeness = psnr(desk.round_trip, result.image)
+                facts["psnr"] = round(likeness, 2) if math.isfinite(likeness) else None
                 single = cell.single(result.target, result.seed)
                 gallery.add(Picture(result.image, subject, result.seed, at, single, result.target, facts))
                 bar.update()
@@ -75,19 +81,12 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
     return sheets
 
 
-def compared(round_trip: "Image", image: "Image") -> dict[str, float | None]:
-    """What the report says of a result, see DEFINITIONS."""
-    from lorakit.pictures.edges import as_floats, auto_thresholds, canny, edge_f1
+def edges_of(picture: "Image") -> Any:
+    """(H, W) bool, by thresholds of the picture's own."""
+    from lorakit.pictures.edges import as_floats, auto_thresholds, canny
 
-    def edges(picture: "Image") -> Any:
-        values = as_floats(picture)
-        return canny(values, 1.0, *auto_thresholds(values))
-
-    likeness = psnr(round_trip, image)
-    return {
-        "edge_f1": round(edge_f1(edges(round_trip), edges(image)), 4),
-        "psnr": None if likeness == float("inf") else round(likeness, 2),
-    }
+    values = as_floats(picture)
+    return canny(values, 1.0, *auto_thresholds(values))
 
 
 def fit_missing(cfg: EditConfig, plan: EditPlan, folder: Path) -> None:

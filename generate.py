@@ -19,7 +19,6 @@ from lorakit.sampling.config import check_size
 from lorakit.sampling.forecast import describe_sampling
 from lorakit.sampling.gallery import Gallery, fill_folder
 from lorakit.sampling.generate_plan import GenerateConfig, all_asked, asked, picture_shape, read_lines
-from lorakit.sampling.model_files import fingerprint_ahead
 from lorakit.sampling.prompt_file import Line
 from lorakit.sampling.prompts import prompt_notes
 from lorakit.sampling.recipe import parse_sampling
@@ -37,7 +36,6 @@ def generate(cfg: GenerateConfig, info: BaseInfo, lines: list[Line], folder: Pat
     from lorakit.sampling.samplers import sample_images
 
     started = time.perf_counter()
-    fingerprint_ahead(cfg.pretrained_model_name_or_path)
     base = open_base(info, cfg.mixed_precision, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     for each in all_asked(cfg, lines):
         check_size(each, base.info)  # again, for a base that was not on this machine

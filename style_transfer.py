@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.ground.process import run_guarded
 from lorakit.pictures.images import read_picture, save_png
-from lorakit.sampling.config import check_size
+from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.forecast import describe_sampling
 from lorakit.sampling.gallery import Gallery, fill_folder
-from lorakit.sampling.model_files import fingerprint_ahead
 from lorakit.sampling.prompts import prompt_notes
 from lorakit.sampling.recipe import parse_sampling
 from lorakit.sampling.style_plan import (
@@ -34,7 +33,6 @@ from lorakit.sampling.style_plan import (
     find_captions,
     find_pictures,
     notes_of,
-    shape_of,
     with_caption,
 )
 from lorakit.weights.base import BaseInfo, inspect_base
@@ -132,7 +130,6 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
     from lorakit.sampling.page import write_page
 
     started = time.perf_counter()
-    fingerprint_ahead(cfg.pretrained_model_name_or_path)
     base = open_base(info, cfg.mixed_precision, prediction_type=cfg.prediction_type, clip_skip=cfg.clip_skip)
     check_size(cfg, base.info)  # again, for a base that was not on this machine
     name = controlnet_of(cfg, base.info)

@@ -10,15 +10,13 @@ from PIL import Image
 from lorakit.editing.config import DRAWS, EditConfig
 from lorakit.ground.errors import UserError
 from lorakit.pictures.images import crop, image_size, load_image, resize_to_cover
-from lorakit.pictures.views import assign_shapes
-from lorakit.sampling.config import check_size
+from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.fitting import missing_loras
-from lorakit.sampling.forecast import memory_lines
+from lorakit.sampling.forecast import memory_lines, model_lines
 from lorakit.sampling.prompts import text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
-from lorakit.weights.base_settings import base_line, clip_skip_notes
+from lorakit.weights.base_settings import clip_skip_notes
 from lorakit.weights.few_steps import refuse_few_steps
-from lorakit.weights.lora_fit import fit_of
 
 SMALL_CHANGE = 0.5
 """Of `start`: from here on most edits are hardly seen, see docs/EDIT.md."""
@@ -49,8 +47,7 @@ def make_edit_plan(cfg: EditConfig, base: BaseInfo | None = None) -> EditPlan:
     """
     base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_size(cfg, base)
-    size = image_size(cfg.image)
-    shape = shape_of(cfg, base, size)
+    size, shape = image_size(cfg.image), shape_of(cfg, base, cfg.image)
     notes = [*base.notes]
     if size != shape:
         notes.append(f"{cfg.image} is {size[0]}x{size[1]}, edited at {shape[0]}x{shape[1]}")
@@ -77,9 +74,8 @@ def describe_edit(cfg: EditConfig, plan: EditPlan) -> list[str]:
         UserError: a LoRA that does not fit the base.
     """
     cells = [cell.resolved()[0] for _, cell in cfg.numbered_cells()]
-    lines = [f"base        {plan.base.name} ({plan.base.kind}), {base_line(plan.base)}"]
-    paths = dict.fromkeys(lora.path for cell in cells for lora in (*cell.all_loras(), *cell.prompt_loras()))
-    lines += [f"LoRA        {path}: {fit_of(path, plan.base)}" for path in paths if path not in plan.missing]
+    paths = [lora.path for cell in cells for lora in (*cell.all_loras(), *cell.prompt_loras())]
+    lines = model_lines(plan.base, [path for path in paths if path not in plan.missing])
     lines += [f"to train    {path}, with {cfg.fit_config}" for path in plan.missing]
     lines += memory_lines(cells, plan.base, [plan.shape])
     rows = sum(map(_evaluations, cells))
@@ -94,13 +90,6 @@ def _evaluations(cell: EditConfig) -> int:
     results = len(cell.targets()) * len(cell.seeds())
     rows = results + (0 if cell.method in DRAWS else math.ceil(results / cell.batch_size))
     return rows * (steps - cell.first_node()) * (1 + (guidance > 1))
-
-
-def shape_of(cfg: EditConfig, base: BaseInfo, size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height at which a picture of `size` is edited."""
-    if cfg.width and cfg.height:
-        return cfg.width, cfg.height
-    return assign_shapes([size], base.resolution, base.size_multiple, True)[0]
 
 
 def read_mask(path: str, image: str, shape: tuple[int, int]) -> np.ndarray:

@@ -55,7 +55,7 @@ def demo_page(
             for row in rows
         ],
     }
-    summary = f"two photographs, a LoRA for each, a film from one to the other · {sum(times.values()):.0f} s"
+    summary = "two photographs, a LoRA for each, a film from one to the other"
     return page(Path(__file__).with_suffix(""), "The demo", summary, texts, data)
 
 

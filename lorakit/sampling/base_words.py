@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from lorakit.diffusion.models import Base, evaluating
+from lorakit.diffusion.paths import encode_picture
 from lorakit.ground import randomness
-from lorakit.pictures.images import to_array
 from lorakit.sampling.samplers import encode_prompts
 from lorakit.weights.vocabulary import Vocabulary
 
@@ -23,7 +23,7 @@ def told_by_base(base: Base, picture: Image.Image, vocabulary: Vocabulary) -> st
 
     Parts are chosen in turn, each with the others as they stand, PASSES times over.
     """
-    latents = base.mean_latents(torch.from_numpy(to_array(picture))[None].to(base.device))
+    latents = encode_picture(base, picture)
     schedule = base.noise_schedule()
     timesteps = torch.tensor(
         [int(share * schedule.num_timesteps) for share in TIMESTEPS for _ in range(DRAWS)]

@@ -9,6 +9,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
+from lorakit.pictures.images import image_size
+from lorakit.pictures.views import assign_shapes
 from lorakit.sampling.model_files import find_lora
 from lorakit.sampling.prompt_syntax import read_marks
 from lorakit.weights.adapter_config import lora_path
@@ -309,6 +311,13 @@ def check_size(cfg: SamplingConfig, info: BaseInfo) -> None:
     check_clip_skip(info, cfg.clip_skip)
     if faults := size_faults(cfg, info):
         raise UserError("\n".join(faults))
+
+
+def shape_of(cfg: SamplingConfig, info: BaseInfo, path: str) -> tuple[int, int]:
+    """Width and height at which a picture is worked on: those that are set, or near its own aspect."""
+    if cfg.width and cfg.height:
+        return cfg.width, cfg.height
+    return assign_shapes([image_size(path)], info.resolution, info.size_multiple, True)[0]
 
 
 def size_faults(cfg: SamplingConfig, info: BaseInfo) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,7 +13,7 @@ from lorakit.weights.base_settings import base_line
 from lorakit.weights.lora_fit import fit_of
 from lorakit.weights.tokens import read_tokenizer
 
-LIBRARIES = 500_000_000  # bytes of torch and diffusers on a CPU, and about those of CUDA
+LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
 UNET_TENSORS = 6.0  # of the size of a level's output that are held at once, the skips among them
 VAE_TENSORS = 4.0  # of the widest channels at full size
 
@@ -32,9 +32,7 @@ def describe_sampling(
     Raises:
         UserError: a LoRA that does not fit.
     """
-    lines = [f"base        {info.name} ({info.kind}), {base_line(info)}"]
-    paths = dict.fromkeys(lora.path for cfg in configs for lora in (*cfg.loras, *cfg.prompt_loras()))
-    lines += [f"LoRA        {path}: {fit_of(path, info)}" for path in paths]
+    lines = model_lines(info, [lora.path for cfg in configs for lora in (*cfg.loras, *cfg.prompt_loras())])
     resolved = [cfg.resolved()[0] for cfg in configs]
     lines += _token_lines(resolved, info)
     lines += memory_lines(resolved, info, shapes, extra)
@@ -44,6 +42,12 @@ def describe_sampling(
         f"work        {evaluations:,} rows through the U-Net, {evaluations / pictures:,.0f} a picture"
     )
     return [*lines, f"time        {_time(configs[0], pictures)}"]
+
+
+def model_lines(info: BaseInfo, loras: Iterable[str]) -> list[str]:
+    """The base, and each LoRA file once. Raises UserError for a LoRA that does not fit."""
+    lines = [f"base        {info.name} ({info.kind}), {base_line(info)}"]
+    return lines + [f"LoRA        {path}: {fit_of(path, info)}" for path in dict.fromkeys(loras)]
 
 
 def _time(cfg: SamplingConfig, pictures: int) -> str:

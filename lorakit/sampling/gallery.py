@@ -15,6 +15,7 @@ from lorakit.ground.publish import check_writable, publish_file, remove
 from lorakit.pictures.images import save_png
 from lorakit.pictures.sheet import contact_sheet
 from lorakit.sampling.config import SamplingConfig
+from lorakit.sampling.model_files import fingerprint_ahead
 from lorakit.sampling.recipe import png_text
 
 NUMBERED = re.compile(r"\d{4,}\.png|(sheet|edges)(_\d+)?\.png|report\.json|index\.html|\.[0-9a-f]{16}\.tmp")
@@ -66,6 +67,7 @@ def fill_folder(
     if "check" in command.flags:
         return 0
     folder = claim_folder(command.config)
+    fingerprint_ahead(command.config.pretrained_model_name_or_path)
     sheets = make(folder)
     print(f"page        {folder / 'index.html'}")
     print(f"wrote       {folder}: {files}; look at {sheets[0]}")

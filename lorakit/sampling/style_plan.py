@@ -12,8 +12,7 @@ from pydantic import Field, model_validator
 from lorakit.ground.errors import UserError
 from lorakit.pictures.beside import caption_beside, without_style
 from lorakit.pictures.images import IMAGE_SUFFIXES, image_size
-from lorakit.pictures.views import assign_shapes
-from lorakit.sampling.config import SamplingConfig
+from lorakit.sampling.config import SamplingConfig, shape_of
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.controlnet import inspect_controlnet
 from lorakit.weights.hub import NOT_HERE
@@ -78,13 +77,6 @@ def find_pictures(pattern: str) -> list[str]:
         what = "holds no picture" if is_folder else "no such picture, folder or match"
         raise UserError(f"image {pattern}: {what}; name a picture, a folder of them, or a pattern")
     return found
-
-
-def shape_of(cfg: StyleConfig, info: BaseInfo, path: str) -> tuple[int, int]:
-    """Width and height at which a picture is restyled."""
-    if cfg.width and cfg.height:
-        return cfg.width, cfg.height
-    return assign_shapes([image_size(path)], info.resolution, info.size_multiple, True)[0]
 
 
 def controlnet_of(cfg: StyleConfig, info: BaseInfo) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.ground.publish import existing_parent
+from lorakit.sampling.forecast import LIBRARIES
 from lorakit.sampling.prompts import text_notes
 from lorakit.training.class_pictures import shows_class
 from lorakit.training.objective_config import kinds_of, prompts_of
@@ -22,7 +23,6 @@ from lorakit.weights.lora_file import TARGET_PRESETS
 from lorakit.weights.tokens import overlong, unread_notes
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
-LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
 RESNET_TENSORS, TRANSFORMER_TENSORS = 10.0, 25.0
 LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS = 6.0, 20.0  # of a large base, whose frozen layers keep less
 

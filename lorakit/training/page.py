@@ -9,11 +9,13 @@ import json
 import logging
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lorakit.ground.errors import UserError
 from lorakit.ground.publish import publish_file
 from lorakit.pictures.images import load_image
 from lorakit.pictures.page import as_json, command, data_uri, facts, finite, page, setting, shell, webp
@@ -21,6 +23,7 @@ from lorakit.training.forecast import lora_parameters, showings
 from lorakit.training.lcm_config import teacher_loras
 from lorakit.training.plan import Plan, result_paths
 from lorakit.training.words_config import trains_lora, word_paths
+from lorakit.weights.programs import file_read_by
 
 log = logging.getLogger(__name__)
 POINTS = 400  # of a curve
@@ -160,10 +163,10 @@ def _file(cfg: Any, done: int, best: tuple[int, float] | None) -> dict[str, Any]
         content = path.read_bytes()
         rows["file"] = f"{path}, {len(content) / 1e6:.2f} MB, {cfg.save_dtype}, {layout} layout"
         rows["sha256"] = hashlib.sha256(content).hexdigest()
+        with suppress(UserError):  # of a file that is no LoRA any more, size and hash alone
+            rows["read by"] = file_read_by(path)
         if layout == "kohya":
-            rows["read by"] = "diffusers, ComfyUI, A1111 and all that reads kohya's files"
             break
-        rows["read by"] = "diffusers and ComfyUI"
     rows["holds"] = f"step {best[0]}, the lowest validation loss" if is_best and best else f"step {done}"
     for word, path in word_paths(cfg).items():
         rows[f"word {word}"] = f"{path}, {path.stat().st_size / 1e3:.1f} kB"

@@ -123,6 +123,14 @@ def kohya_name(component: Component, dotted: str) -> str:
     return _PREFIXES[component] + dotted.replace(".", "_")
 
 
+def place_name(component: Component, name: str) -> str:
+    """The module of a weight or a bias; another tensor keeps its own name, which no LoRA has."""
+    stem, _, end = name.rpartition(".")
+    if end not in ("weight", "bias"):
+        return name
+    return kohya_name(component, stem) + (".bias" if end == "bias" else "")
+
+
 def component_of(name: str) -> Component:
     """The model that a kohya name belongs to."""
     for component, prefix in _PREFIXES.items():

@@ -2,11 +2,14 @@
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
 
 from lorakit.ground.errors import UserError
 from lorakit.weights.adapter_config import lora_path
 from lorakit.weights.base import BaseInfo
-from lorakit.weights.lora_file import component_of, kohya_name
+from lorakit.weights.lora_file import component_of, place_name
 from lorakit.weights.lora_foreign import refuse_foreign, some
 from lorakit.weights.lora_keys import parse_key
 from lorakit.weights.lora_metadata import Component
@@ -39,30 +42,49 @@ def fit_of(path: str, info: BaseInfo) -> str:
         return f"{said}; whether it fits is seen when the base is here"
     plain = {n: s for n, s in modules.items() if {"down", "up"} <= s.keys() and "mid" not in s}
     plain = {name: slots for name, slots in plain.items() if "#" not in name}
-    if plain:
-        _check(path, plain, info)
+    sides = {name: (slots["up"][0], math.prod(slots["down"][1:])) for name, slots in plain.items()}
+    if misfit := find_misfit(info, sides):
+        _refuse(path, misfit, info)
     return f"{said}, {'fits' if len(plain) == len(modules) else 'fits as far as its header tells'}"
 
 
-def _check(path: str, modules: dict[str, Slots], info: BaseInfo) -> None:
-    parts: list[Component] = list(dict.fromkeys(component_of(name) for name in modules))
+@dataclass(frozen=True)
+class Misfit:
+    """Why a LoRA is none for a base: `names` of its `count` modules of `part` have no place there, or the one
+    of them changes (rows, columns) `sides` where the base has `shape`.
+    """
+
+    part: Component
+    names: list[str]
+    count: int
+    sides: tuple[int, int] = (0, 0)
+    shape: tuple[int, ...] = ()
+
+
+def find_misfit(info: BaseInfo, sides: Mapping[str, tuple[int, int]]) -> Misfit | None:
+    """The first, in modules by kohya name with rows and columns of their change; None: each has its place."""
+    parts: list[Component] = list(dict.fromkeys(component_of(name) for name in sides))
     for part in parts:
-        weights = {
-            kohya_name(part, key.removesuffix(".weight")): shape
-            for key, shape in info.shapes(part).items()
-            if key.endswith(".weight")
-        }
-        own = {name: slots for name, slots in modules.items() if component_of(name) == part}
-        if lost := sorted(own.keys() - weights.keys()):
-            raise UserError(
-                f"{path}: {len(lost)} of {len(own)} modules have no place in the {part} of {info.name}, such "
-                f"as {some(lost, 3)}"
-            )
-        for name, slots in own.items():
-            out, *rest = weights[name]
-            sides = slots["up"][0], math.prod(slots["down"][1:])
-            if sides != (out, math.prod(rest)):
-                raise UserError(
-                    f"{path}: {name} does not fit {info.name}: it changes {sides[0]}x{sides[1]} numbers, the "
-                    f"base has {out}x{math.prod(rest)} there"
-                )
+        own = [name for name in sides if component_of(name) == part]
+        shapes = {place_name(part, key): shape for key, shape in info.shapes(part).items()}
+        if lost := sorted(set(own) - shapes.keys()):
+            return Misfit(part, lost, len(own))
+        for name in own:
+            out, *rest = shapes[name]
+            if sides[name] != (out, math.prod(rest)):
+                return Misfit(part, [name], len(own), sides[name], shapes[name])
+    return None
+
+
+def _refuse(path: str, misfit: Misfit, info: BaseInfo) -> NoReturn:
+    if not misfit.shape:
+        raise UserError(
+            f"{path}: {len(misfit.names)} of {misfit.count} modules have no place in the {misfit.part} of "
+            f"{info.name}, such as {some(misfit.names, 3)}"
+        )
+    rows, columns = misfit.sides
+    out, *rest = misfit.shape
+    raise UserError(
+        f"{path}: {misfit.names[0]} does not fit {info.name}: it changes {rows}x{columns} numbers, the base "
+        f"has {out}x{math.prod(rest)} there"
+    )

@@ -19,7 +19,8 @@ from torch import Tensor
 from lorakit.ground.errors import UserError
 from lorakit.ground.publish import check_writable, explained, own_name, publish_file, remove, sync
 from lorakit.weights.base import BaseInfo, inspect_base
-from lorakit.weights.lora_file import LoraPair, base_of, component_of, kohya_name
+from lorakit.weights.lora_file import LoraPair, base_of, component_of, place_name
+from lorakit.weights.lora_fit import find_misfit
 from lorakit.weights.lora_metadata import Component
 from lorakit.weights.mixing import Source, check_same_base, concatenated, factors
 from lorakit.weights.original_names import names_of, plain_name
@@ -136,7 +137,7 @@ def _merge_file(info: BaseInfo, out: Path, changed: set[Component], terms: Terms
     done.rewritten.append(out.name)
 
     def modules(key: str) -> list[str]:
-        return [_module(part, name) for part in changed for name in names_of(part, key, info.configs)]
+        return [place_name(part, name) for part in changed for name in names_of(part, key, info.configs)]
 
     check_writable(out.parent, path.stat().st_size)
     publish_file(out, lambda temp: _rewrite(path, temp, modules, terms, done, dropped))
@@ -165,31 +166,20 @@ def _is_hidden(path: Path, root: Path) -> bool:
 
 def check_places(info: BaseInfo, modules: Mapping[str, LoraPair], label: str) -> None:
     """Raises UserError unless every module of the LoRA `label` has a tensor of its size in a base."""
+    sides = {name: (pair.up.shape[0], pair.down[0].numel()) for name, pair in modules.items()}
+    misfit = find_misfit(info, sides)
+    if misfit is None:
+        return
     made_for = f"; the LoRA is made for {base_of(modules)}" if base_of(modules) else ""
-    parts: list[Component] = list(dict.fromkeys(component_of(name) for name in modules))
-    for component in parts:
-        own = {name: pair for name, pair in modules.items() if component_of(name) == component}
-        shapes = {_module(component, name): shape for name, shape in info.shapes(component).items()}
-        if lost := sorted(own.keys() - shapes.keys()):
-            raise UserError(
-                f"{info.name}: {len(lost)} of {len(own)} modules of {label} have no place in its "
-                f"{component}, such as {', '.join(lost[:3])}{made_for}"
-            )
-        for name, pair in own.items():
-            sides, shape = (pair.up.shape[0], pair.down[0].numel()), shapes[name]
-            if sides != (shape[0], math.prod(shape[1:])):
-                raise UserError(
-                    f"{info.name}: {name} of {label} does not fit: the base has {[*shape]}, the LoRA "
-                    f"{[*sides]}{made_for}"
-                )
-
-
-def _module(component: Component, name: str) -> str:
-    """The module of a weight or a bias; another tensor keeps its own name, which no LoRA has."""
-    stem, _, end = name.rpartition(".")
-    if end not in ("weight", "bias"):
-        return name
-    return kohya_name(component, stem) + (".bias" if end == "bias" else "")
+    if not misfit.shape:
+        raise UserError(
+            f"{info.name}: {len(misfit.names)} of {misfit.count} modules of {label} have no place in its "
+            f"{misfit.part}, such as {', '.join(misfit.names[:3])}{made_for}"
+        )
+    raise UserError(
+        f"{info.name}: {misfit.names[0]} of {label} does not fit: the base has {[*misfit.shape]}, the LoRA "
+        f"{[*misfit.sides]}{made_for}"
+    )
 
 
 def _put(path: Path, stage: Path, place: Path, changed: set[Component], terms: Terms, done: Merge) -> None:
@@ -217,7 +207,7 @@ def _link_or_copy(path: Path, target: Path) -> None:
 
 def _in_folder(component: Component, key: str) -> list[str]:
     name = plain_name(component, key)
-    return [_module(component, name)] if name else []
+    return [place_name(component, name)] if name else []
 
 
 # ---- files of tensors ----

@@ -6,6 +6,7 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from pages import HOSTILE, Elements, data_of, encoded, seen
 from small import SHORT_RUN, settings_of
 
@@ -17,9 +18,13 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.page import POINTS, run_page, write_page
 from lorakit.training.plan import make_plan
 from lorakit.training.words_config import WordSettings
+from lorakit.weights.lora_file import LoraPair, lora_bytes
+from lorakit.weights.programs import read_by
 
 STEPS = (0, 2, 4, 6)
 COLOURS = [[(60 * i, 200 - 60 * i, 90 + 40 * row) for i in range(4)] for row in range(2)]
+MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
+LORA = {MODULE: LoraPair(down=torch.ones(2, 8), up=torch.ones(8, 2), alpha=1.0)}
 ODD = """it's "1" & <b>2.png"""
 
 
@@ -94,6 +99,13 @@ def test_a_run_without_samples_or_validation_leaves_their_parts_out(finished):
     found = data_of(run_page(*finished(samples=(), validation=())))
     assert found["samples"] == {"steps": [], "rows": []} and found["best"] is None
     assert data_of(run_page(*finished()))["samples"]["rows"]
+
+
+def test_the_programs_that_read_the_file_are_those_that_were_measured(finished):
+    cfg, plan, run = finished()
+    run.with_suffix(".safetensors").write_bytes(lora_bytes(LORA, layout="kohya", metadata={}))
+    text = Elements(run_page(cfg, plan, run)).text
+    assert read_by(LORA, "kohya") in text and "not OpenVINO" in text
 
 
 def test_words_alone_are_told_as_what_they_are(finished):
