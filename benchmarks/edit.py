@@ -30,6 +30,7 @@ from PIL import Image  # noqa: E402
 import edit  # noqa: E402
 from lorakit.diffusion.models import Base, set_up_backend  # noqa: E402
 from lorakit.diffusion.paths import decode_picture, encode_picture  # noqa: E402
+from lorakit.pictures.edges import edge_f1  # noqa: E402
 from lorakit.pictures.images import load_image, save_png, to_array  # noqa: E402
 from lorakit.pictures.sheet import contact_sheet  # noqa: E402
 from lorakit.weights.base import inspect_base  # noqa: E402
@@ -142,7 +143,7 @@ def row_of(case: Case, image: Image.Image, model: Classifier | None) -> Row:
     return {
         "effect": effect(case, image),
         "attribute": attribute(model, case, image),
-        "edge_f1": edit.compared(case.trip, image)["edge_f1"],
+        "edge_f1": edge_f1(edit.edges_of(case.trip), edit.edges_of(image)),
         "truth": db(image, case.truth),
         "stay": db(image, case.trip, case.stays),
     }
