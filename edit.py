@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.editing.config import EditConfig
 from lorakit.editing.edit_plan import EditPlan, count_results, describe_edit, make_edit_plan
+from lorakit.editing.imagic_fitting import fit_imagic
+from lorakit.editing.imagic_plan import parts_of
 from lorakit.ground.command import print_notes
 from lorakit.ground.process import StopFlag, run_guarded
 from lorakit.pictures.images import psnr
@@ -62,7 +64,8 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
     leads = [("picture", desk.picture), ("as the autoencoder returns it", desk.round_trip)]
     gallery = Gallery(folder, cfg, labels, [leads] * len(labels))
     with tqdm(total=count_results(cfg), unit="picture") as bar:
-        for at, cell in cfg.numbered_cells():
+        parts = [(at, part) for at, cell in cfg.numbered_cells() for part in parts_of(cell, plan.fits)]
+        for at, cell in parts:
             cell, _ = cell.resolved()
             for result in desk.results(cell):
                 subject = labels.index(result.target) if result.target in labels else 0
@@ -89,14 +92,14 @@ def edges_of(picture: "Image") -> Any:
     return canny(values, 1.0, *auto_thresholds(values))
 
 
-def fit_missing(cfg: EditConfig, plan: EditPlan, folder: Path) -> None:
+def fit_missing(cfg: EditConfig, plan: EditPlan, folder: Path, script: Path) -> None:
     """Train the picture's LoRA, if it is not there yet; a signal stops it where it can go on."""
     base = {key: getattr(cfg, key) for key in OF_THE_BASE}
     with StopFlag() as stop:
         for lora in plan.missing:
             data = folder / "fit" / Path(lora).stem
             fit = Fit(lora, cfg.image, cfg.prompt, plan.shape, cfg.fit_config, data, base)
-            fit_lora(fit, stop, Path(__file__).with_name("train_lora.py"))
+            fit_lora(fit, stop, script)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -112,7 +115,8 @@ def main(argv: Sequence[str]) -> int:
     width, height = plan.shape
 
     def make(folder: Path) -> list[Path]:
-        fit_missing(cfg, plan, folder)
+        fit = fit_imagic if plan.fits else fit_missing
+        fit(cfg, plan, folder, Path(__file__).with_name("train_lora.py"))
         return edit(cfg, plan, folder)
 
     return fill_folder(

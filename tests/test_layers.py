@@ -54,6 +54,7 @@ NO_TORCH = [
     "lorakit.diffusion.inversion_plan",
     "lorakit.weights.tokens",
     "lorakit.editing.edit_plan",
+    "lorakit.editing.imagic_fitting",
     "lorakit.film.fitting",
     "lorakit.film.morph_folder",
     "lorakit.film.morph_plan",
