@@ -23,6 +23,7 @@ from lorakit.ground.chunks import Chunks
 from lorakit.pictures.images import read_picture
 from lorakit.sampling.config import LoraEntry
 from lorakit.sampling.encoding import PromptEncoder
+from lorakit.sampling.prompts import lora_files
 from lorakit.sampling.samplers import LoraStack, picture_noise
 from lorakit.weights.identity import file_sha256, lora_sha256
 
@@ -58,7 +59,7 @@ class Desk:
         self.latents = encode_picture(base, self.picture)
         self.round_trip = decode_picture(base, self.latents[0])
         self.stack, self.chunks = LoraStack(base), Chunks(cfg.batch_size)
-        self.encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs)
+        self.encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs, lora_files([cfg]))
         self.denoiser = Denoiser(base.unet, base.noise_schedule())
         factor, mask = base.info.vae_factor, self.plan.mask
         self.where = None if mask is None else latent_mask(mask, factor, base.device)

@@ -13,7 +13,7 @@ from lorakit.pictures.images import crop, image_size, load_image, resize_to_cove
 from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.fitting import missing_loras
 from lorakit.sampling.forecast import memory_lines, model_lines
-from lorakit.sampling.prompts import text_notes
+from lorakit.sampling.prompts import lora_files, text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import clip_skip_notes
 from lorakit.weights.few_steps import refuse_few_steps
@@ -59,7 +59,7 @@ def make_edit_plan(cfg: EditConfig, base: BaseInfo | None = None) -> EditPlan:
         for path in present:
             refuse_few_steps(path)
         notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0])]
-    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base)
+    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base, lora_files([cfg]))
     return EditPlan(base, shape, missing, mask, tuple(dict.fromkeys(notes)))
 
 

@@ -15,6 +15,7 @@ from lorakit.training.class_pictures import shows_class
 from lorakit.training.objective_config import kinds_of, prompts_of
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
+from lorakit.training.smooth_config import smooth_settings
 from lorakit.training.words_config import encodes_text, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import base_line, text_layers
@@ -81,8 +82,9 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
         elements += here * (of_resnet * resnets + of_transformer * transformers)
     scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
     rows = cfg.train_batch_size + (math.ceil(cfg.train_batch_size / cfg.prior.every) if cfg.prior else 0)
-    kept = 2 if any(kind.double_backward for kind in kinds_of(cfg)) else 1  # the first backward is kept too
-    return int(elements * rows * kept * (2 if half else 4) * scale)
+    if any(kind.double_backward for kind in kinds_of(cfg)):  # of these rows the first backward is kept too
+        rows += math.ceil(cfg.train_batch_size / smooth_settings(cfg).every)
+    return int(elements * rows * (2 if half else 4) * scale)
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
