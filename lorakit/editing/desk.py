@@ -16,7 +16,7 @@ from lorakit.diffusion.denoiser import Denoiser, Rows
 from lorakit.diffusion.fit import NOTICED, fit_losses
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.paths import Inverting, decode_picture, encode_picture, invert_cached
-from lorakit.editing.config import EditConfig
+from lorakit.editing.config import DRAWS, EditConfig, PictureConfig
 from lorakit.editing.edit_plan import EditPlan
 from lorakit.editing.swapping import Source, composed, last, latent_mask, redraw, rows_of, swap
 from lorakit.ground.chunks import Chunks
@@ -48,7 +48,7 @@ class Desk:
     """
 
     base: Base
-    cfg: EditConfig
+    cfg: PictureConfig
     plan: EditPlan
     cache: Path
     sources: dict[Path, Source] = field(default_factory=dict)
@@ -124,10 +124,11 @@ class Desk:
     def _row(self, prompt_embeds: Tensor, negative_embeds: Tensor) -> Rows:
         return Rows(prompt_embeds, negative_embeds, torch.zeros(1, 0, device=prompt_embeds.device))
 
-    def _source(self, cell: EditConfig, row: Rows, loras: Sequence[LoraEntry]) -> Source:
+    def _source(self, cell: PictureConfig, row: Rows, loras: Sequence[LoraEntry]) -> Source:
         """The picture inverted without guidance, which edits have of their own; kept by content."""
-        grid, steps = self.denoiser.schedule.grid(cell.sampler()[1]), cell.sampler()[1]
-        if cell.method != "swap":
+        steps = cell.sampler()[1]
+        grid = self.denoiser.schedule.grid(steps)
+        if isinstance(cell, EditConfig) and cell.method in DRAWS:
             return Source(self.latents[None], row, grid)
         how = Inverting(steps, prediction_type=cell.prediction_type, clip_skip=cell.clip_skip)
         own = file_sha256(cell.image), _digest(row.prompt_embeds), _record(loras)
