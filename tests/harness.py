@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_lora", "morph", "invert", "mix_lora", "generate", "style_transfer", "edit")
+SCRIPTS = ("train_lora", "morph", "invert", "mix_lora", "generate", "style_transfer", "edit", "animate")
 HEAVY = {"torch", "diffusers", "transformers", "datasets"}
 
 

@@ -16,6 +16,7 @@ from lorakit.diffusion.inversion_plan import InvertConfig
 from lorakit.editing.config import EditConfig
 from lorakit.film.config import MorphConfig
 from lorakit.ground.config import load_config
+from lorakit.motion.config import AnimateConfig, Camera
 from lorakit.sampling.generate_plan import GenerateConfig
 from lorakit.sampling.style_plan import StyleConfig
 from lorakit.training.config import TrainConfig
@@ -165,6 +166,7 @@ READ_BY = {
     "generate": ({**GenerateConfig.model_fields}, ["generate.py", "lorakit"]),
     "style_transfer": ({**StyleConfig.model_fields}, ["style_transfer.py", "lorakit"]),
     "edit": ({**EditConfig.model_fields}, ["edit.py", "lorakit"]),
+    "animate": ({**AnimateConfig.model_fields, **Camera.model_fields}, ["animate.py", "lorakit"]),
     "mix_lora": ({key: 1 for verb in VERBS.values() for key in verb.config.model_fields}, ["mix_lora.py"]),
 }
 
@@ -209,6 +211,7 @@ CLASSES = {
     "generate": GenerateConfig,
     "style_transfer": StyleConfig,
     "edit": EditConfig,
+    "animate": AnimateConfig,
 }
 """By the folder of the schema that a config names."""
 
