@@ -11,6 +11,7 @@ from lorakit.sampling.config import SamplingConfig
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import base_line
 from lorakit.weights.lora_fit import fit_of
+from lorakit.weights.tensors import Shapes
 from lorakit.weights.tokens import read_tokenizer
 
 LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
@@ -44,10 +45,14 @@ def describe_sampling(
     return [*lines, f"time        {_time(configs[0], pictures)}"]
 
 
-def model_lines(info: BaseInfo, loras: Iterable[str]) -> list[str]:
-    """The base, and each LoRA file once. Raises UserError for a LoRA that does not fit."""
+def model_lines(info: BaseInfo, loras: Iterable[str], more: Shapes | None = None) -> list[str]:
+    """The base, and each LoRA file once. Raises UserError for a LoRA that does not fit.
+
+    Args:
+        more: as of `fit_of`.
+    """
     lines = [f"base        {info.name} ({info.kind}), {base_line(info)}"]
-    return lines + [f"LoRA        {path}: {fit_of(path, info)}" for path in dict.fromkeys(loras)]
+    return lines + [f"LoRA        {path}: {fit_of(path, info, more)}" for path in dict.fromkeys(loras)]
 
 
 def _time(cfg: SamplingConfig, pictures: int) -> str:
