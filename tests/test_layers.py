@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "training": {"ground", "weights", "pictures", "diffusion", "sampling"},
     "editing": {"ground", "weights", "pictures", "diffusion", "sampling"},
     "film": {"ground", "weights", "pictures", "diffusion", "sampling"},
+    "motion": {"ground", "weights", "pictures", "diffusion", "sampling", "film"},
 }
 # A library module where users import it from; its main program is the script invert.py.
 LIBRARY = {"inversion_pipeline"}
@@ -34,12 +35,17 @@ NO_TORCH = [
     "generate",
     "style_transfer",
     "edit",
+    "drag",
+    "animate",
     "lorakit.ground.process",
     "lorakit.ground.runs",
     "lorakit.pictures.edges",
     "lorakit.pictures.folder",
     "lorakit.sampling.config",
     "lorakit.pictures.beside",
+    "lorakit.pictures.matching",
+    "lorakit.pictures.overlay",
+    "lorakit.pictures.painted",
     "lorakit.pictures.page",
     "lorakit.sampling.forecast",
     "lorakit.sampling.fitting",
@@ -55,9 +61,14 @@ NO_TORCH = [
     "lorakit.weights.tokens",
     "lorakit.editing.edit_plan",
     "lorakit.editing.imagic_fitting",
+    "lorakit.editing.drag_plan",
+    "lorakit.editing.drag_report",
+    "lorakit.editing.point_page",
     "lorakit.film.fitting",
     "lorakit.film.morph_folder",
     "lorakit.film.morph_plan",
+    "lorakit.motion.animate_plan",
+    "lorakit.motion.windows",
 ]
 
 

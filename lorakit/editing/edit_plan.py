@@ -5,23 +5,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from lorakit.editing.config import DRAWS, EditConfig
 from lorakit.editing.imagic_plan import BATCH, ImagicFit, parts_of, plan_fits
 from lorakit.ground.errors import UserError
-from lorakit.pictures.images import crop, image_size, load_image, resize_to_cover
+from lorakit.pictures.images import image_size
+from lorakit.pictures.painted import read_mask
 from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.fitting import missing_loras
 from lorakit.sampling.forecast import (
     LIBRARIES,
-    backward_bytes,
     halves_of,
+    kept_elements,
     memory_lines,
     model_lines,
     time_words,
 )
-from lorakit.sampling.prompts import text_notes
+from lorakit.sampling.prompts import lora_files, text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import clip_skip_notes
 from lorakit.weights.few_steps import refuse_few_steps
@@ -72,7 +72,7 @@ def make_edit_plan(cfg: EditConfig, base: BaseInfo | None = None) -> EditPlan:
         for path in present:
             refuse_few_steps(path)
         notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0])]
-    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base)
+    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base, lora_files([cfg]))
     return EditPlan(base, shape, missing, fits, mask, tuple(dict.fromkeys(notes)))
 
 
@@ -109,11 +109,11 @@ def _fit_lines(cfg: EditConfig, plan: EditPlan) -> Iterator[str]:
             yield f"to fit      {fit.embedding}, {left} steps of {BATCH} rows through the U-Net and back"
     yield from (f"to train    {path}, with {with_config}" for path in plan.missing)
     if any(fit.done < fit.steps for fit in plan.fits):
+        elements, _ = kept_elements(plan.base, plan.shape) or (0.0, 0.0)
         for half in halves_of(cfg.mixed_precision):
-            kept = backward_bytes(plan.base, plan.shape, min(BATCH, cfg.batch_size), half)
-            own = plan.base.parameters.get("unet", 0) * (2 if half else 4)
-            total = (kept or 0) + own + LIBRARIES
-            yield f"            about {total / 1e6:,.0f} MB in {'half precision' if half else 'float32'}"
+            numbers = plan.base.parameters.get("unet", 0) + elements * min(BATCH, cfg.batch_size)
+            total = f"about {(numbers * (2 if half else 4) + LIBRARIES) / 1e6:,.0f} MB"
+            yield f"            {total} in {'half precision' if half else 'float32'}"
 
 
 def _evaluations(cell: EditConfig) -> int:
@@ -122,28 +122,6 @@ def _evaluations(cell: EditConfig) -> int:
     results = len(cell.targets()) * len(cell.seeds())
     rows = results + (0 if cell.method in DRAWS else math.ceil(results / cell.batch_size))
     return rows * (steps - cell.first_node()) * (1 + (guidance > 1))
-
-
-def read_mask(path: str, image: str, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) float32 in [0, 1], seen as the picture is.
-
-    Raises:
-        UserError: no picture, of another size than `image`, or black all over.
-    """
-    size, wanted = image_size(path), image_size(image)
-    if size != wanted:
-        raise UserError(
-            f"mask {path}: is {size[0]}x{size[1]}, and {image} is {wanted[0]}x{wanted[1]}: paint it on that "
-            "picture, white where it may change"
-        )
-    # By area: what no white pixel touches stays black.
-    seen = crop(resize_to_cover(load_image(path), *shape, Image.Resampling.BOX), *shape)
-    mask = np.asarray(seen.convert("L"), np.float32) / 255
-    if not mask.any():
-        raise UserError(
-            f"mask {path}: is black all over, so that nothing may change; paint white where it may"
-        )
-    return mask
 
 
 def _texts(cfg: EditConfig) -> list[tuple[str, str]]:

@@ -46,7 +46,8 @@ class Embedding:
     def read(cls, path: Path, device: torch.device) -> "Embedding":
         """Raises what `read_tensors` raises."""
         tensors, metadata = read_tensors(path)
-        return cls(*(tensors[name].to(device) for name in _NAMES), int(metadata[STEP]))
+        states, target, mean, square = (tensors[name].to(device) for name in _NAMES)
+        return cls(states, target, mean, square, int(metadata[STEP]))
 
     def write(self, path: Path, metadata: dict[str, str]) -> None:
         values = self.states, self.target, self.mean, self.square

@@ -11,6 +11,7 @@ from lorakit.sampling.config import SamplingConfig
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import base_line
 from lorakit.weights.lora_fit import fit_of
+from lorakit.weights.tensors import Shapes
 from lorakit.weights.tokens import read_tokenizer
 
 LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
@@ -47,10 +48,14 @@ def describe_sampling(
     return [*lines, f"time        {time_words(configs[0], pictures)}"]
 
 
-def model_lines(info: BaseInfo, loras: Iterable[str]) -> list[str]:
-    """The base, and each LoRA file once. Raises UserError for a LoRA that does not fit."""
+def model_lines(info: BaseInfo, loras: Iterable[str], more: Shapes | None = None) -> list[str]:
+    """The base, and each LoRA file once. Raises UserError for a LoRA that does not fit.
+
+    Args:
+        more: as of `fit_of`.
+    """
     lines = [f"base        {info.name} ({info.kind}), {base_line(info)}"]
-    return lines + [f"LoRA        {path}: {fit_of(path, info)}" for path in dict.fromkeys(loras)]
+    return lines + [f"LoRA        {path}: {fit_of(path, info, more)}" for path in dict.fromkeys(loras)]
 
 
 def time_words(cfg: SamplingConfig, pictures: int) -> str:
@@ -109,11 +114,12 @@ def halves_of(mixed_precision: str) -> tuple[bool, ...]:
     return {"no": (False,), "auto": (False, True)}.get(mixed_precision, (True,))
 
 
-def backward_bytes(info: BaseInfo, shape: tuple[int, int], rows: int, half: bool = False) -> int | None:
-    """Bytes that the U-Net keeps of one pass for backward: an estimate; None where its config is not here.
+def kept_elements(info: BaseInfo, shape: tuple[int, int]) -> tuple[float, float] | None:
+    """Numbers that the U-Net keeps of one row for backward, and those of its scores of self-attention.
 
-    Counted per level of the U-Net as (resnets, transformers) x channels x latent pixels, with the number of
-    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md).
+    An estimate, by level of the U-Net: (resnets, transformers) x channels x latent pixels, with the number of
+    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md); the
+    scores are heads x latent pixels squared. None where the U-Net's config is not here.
 
     Args:
         shape: (width, height) in pixels.
@@ -123,8 +129,10 @@ def backward_bytes(info: BaseInfo, shape: tuple[int, int], rows: int, half: bool
         return None
     pixels = math.prod(shape) // info.vae_factor**2
     channels, layers = unet["block_out_channels"], unet["layers_per_block"]
+    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
+    heads = [heads] * len(channels) if isinstance(heads, int) else heads
     levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
-    elements = 0.0
+    elements = scores = 0.0
     of_resnet, of_transformer = RESNET_TENSORS, TRANSFORMER_TENSORS
     if info.is_large:
         of_resnet, of_transformer = LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS
@@ -134,4 +142,5 @@ def backward_bytes(info: BaseInfo, shape: tuple[int, int], rows: int, half: bool
         resnets = layers + (layers + 1) + 2 * last
         transformers = ("Cross" in down) * layers + ("Cross" in up) * (layers + 1) + last
         elements += here * (of_resnet * resnets + of_transformer * transformers)
-    return int(elements * rows * (2 if half else 4))
+        scores += transformers * heads[level] * (pixels / 4**level) ** 2
+    return elements, scores
