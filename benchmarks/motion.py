@@ -6,8 +6,8 @@
 
 Each film is measured by the similarity transforms that fit each frame to the next (motion/estimate.py).
 Prints a row for each camera and way: the share of the move that was made, its deviation over films, in how
-many its sign is right, pixels of a move that nobody asked for, dB between neighbours after the move that fits,
-coherence, and sharpness over that of single pictures. One JSON line comes last.
+many its sign is right, pixels of a move that nobody asked for, dB between neighbours after the move that
+fits, coherence, and sharpness over that of single pictures. One JSON line comes last.
 """
 
 import argparse
