@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -267,7 +268,7 @@ def test_killed_before_any_rename_the_same_command_gives_the_same_bytes(run, arg
 def test_killed_at_random_the_same_command_gives_the_same_bytes(run, arguments, mask, tmp_path):
     straight = run(mask=mask, name="straight", cache_dir=str(tmp_path / "other"), **PULL)
     options = arguments(mask=mask, **PULL)
-    for at in random.Random(0).sample(range(1, 12), 3):
+    for at in random.Random(0).sample(range(1, 6), 3):
 
         def prepare(at=at):
             from lorakit.diffusion.denoiser import Denoiser
@@ -283,7 +284,7 @@ def test_killed_at_random_the_same_command_gives_the_same_bytes(run, arguments, 
             Denoiser.__call__ = counting
 
         code = fork(options, tmp_path / "log.txt", prepare)
-        assert code in (-signal.SIGKILL, 0) and not list((tmp_path / "out/run").glob("*.png"))
+        assert code == -signal.SIGKILL and not list((tmp_path / "out/run").glob("*.png"))
     assert fork(options, tmp_path / "log.txt") == 0
     for name in ("overlay_0000.png", "track.json", "sheet.png"):
         assert (tmp_path / "out/run" / name).read_bytes() == (straight / name).read_bytes()
@@ -340,7 +341,10 @@ def test_check_tells_work_and_memory_without_torch(command, arguments, mask):
     result = command("drag", arguments("--check", mask=mask, prompt="hills and " * 60, **PULL))
     assert result.code == 0 and not result.torch and "is not read" in result.out
     assert "ways        1, of 8 pixels" in result.out
-    assert "a pull of the latents keeps 0.2 MB for the way back, half of it in half" in result.out
+    assert re.search(
+        r"a pull of the latents keeps [\d.]+ MB for the way back, half of it in half", result.out
+    )
+    assert "a pull of the latents" not in command("drag", arguments("--check", mask=mask)).out
     # The features of the start, 3 pulls and a last look; picture and result from node 2 of 4.
     assert "work        9 rows through the U-Net at most, 4 before them for each new path" in result.out
 
