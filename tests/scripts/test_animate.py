@@ -169,7 +169,7 @@ def test_an_adapter_of_zeros_makes_the_film_of_none(run, tmp_path):
     assert differ(none, zeros) <= ONE_LEVEL
 
 
-def test_the_adapter_is_what_diffusers_makes_of_it(run, adapters, tiny_base, tmp_path):
+def test_the_adapter_is_what_diffusers_makes_of_it(adapters, tiny_base):
     """The same latents through diffusers' own pipeline."""
     from diffusers import AnimateDiffPipeline, MotionAdapter
 
@@ -183,7 +183,7 @@ def test_the_adapter_is_what_diffusers_makes_of_it(run, adapters, tiny_base, tmp
     ours, theirs = Base(inspect_base(str(tiny_base))), Base(inspect_base(str(tiny_base)))
     noise = filming.scene_noise(plan, ours)
     filming.inflate(ours, plan.adapter)
-    latents = filming.open_studio(plan, ours).denoise(noise, 3, tmp_path / "state", "key", lambda _: None)
+    latents = filming.open_studio(plan, ours).denoise(noise, 3)
     pipe = AnimateDiffPipeline(
         vae=theirs.vae,
         text_encoder=theirs.text_encoder,
