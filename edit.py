@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.editing.config import EditConfig
 from lorakit.editing.edit_plan import EditPlan, count_results, describe_edit, make_edit_plan
+from lorakit.editing.fitting import fit_missing
 from lorakit.ground.command import print_notes
-from lorakit.ground.process import StopFlag, run_guarded
+from lorakit.ground.process import run_guarded
 from lorakit.pictures.images import psnr
-from lorakit.sampling.fitting import OF_THE_BASE, Fit, fit_lora
 from lorakit.sampling.gallery import Gallery, Picture, fill_folder
 from lorakit.sampling.recipe import parse_sampling
 
@@ -89,16 +89,6 @@ def edges_of(picture: "Image") -> Any:
     return canny(values, 1.0, *auto_thresholds(values))
 
 
-def fit_missing(cfg: EditConfig, plan: EditPlan, folder: Path) -> None:
-    """Train the picture's LoRA, if it is not there yet; a signal stops it where it can go on."""
-    base = {key: getattr(cfg, key) for key in OF_THE_BASE}
-    with StopFlag() as stop:
-        for lora in plan.missing:
-            data = folder / "fit" / Path(lora).stem
-            fit = Fit(lora, cfg.image, cfg.prompt, plan.shape, cfg.fit_config, data, base)
-            fit_lora(fit, stop, Path(__file__).with_name("train_lora.py"))
-
-
 def main(argv: Sequence[str]) -> int:
     command = parse_sampling(
         EditConfig,
@@ -112,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     width, height = plan.shape
 
     def make(folder: Path) -> list[Path]:
-        fit_missing(cfg, plan, folder)
+        fit_missing(cfg, plan.missing, plan.shape, folder, Path(__file__).with_name("train_lora.py"))
         return edit(cfg, plan, folder)
 
     return fill_folder(

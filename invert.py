@@ -11,7 +11,6 @@ report.json.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.diffusion.inversion_plan import InversionPlan, InvertConfig, make_inversion_plan, prompts_of
-from lorakit.ground.command import parse_command, print_notes
-from lorakit.ground.errors import UserError
+from lorakit.ground.command import parse_command, print_notes, with_picture
 from lorakit.ground.process import run_guarded
 from lorakit.ground.publish import check_writable, publish_file
 from lorakit.pictures.images import IMAGE_SUFFIXES, read_picture, save_png
@@ -121,21 +119,8 @@ def measure(
         hook.remove()
 
 
-def with_picture(argv: list[str]) -> list[str]:
-    """`PICTURE` as `image=PICTURE`; what exists under its whole name, or has no =, is a file."""
-
-    def names_picture(text: str) -> bool:
-        is_file = "=" not in text or os.path.isfile(text)
-        return is_file and not text.startswith("-") and Path(text).suffix.lower() in IMAGE_SUFFIXES
-
-    pictures = [text for text in argv if names_picture(text)]
-    if len(pictures) > 1:
-        raise UserError(f"{' and '.join(pictures)}: one picture at a time")
-    return [f"image={json.dumps(text)}" if text in pictures else text for text in argv]
-
-
 def main(argv: list[str]) -> int:
-    argv = with_picture(argv)
+    argv = with_picture(argv, IMAGE_SUFFIXES)
     own = any(text.startswith("image=") for text in argv)
     command = parse_command(
         InvertConfig,

@@ -15,41 +15,60 @@ GUIDANCE, GUIDANCE_WITH_NOISE = 1.0, 3.0
 
 
 # fmt: off
-class EditConfig(SamplingConfig):
-    """The keys of a config of edit.py."""
+class PictureConfig(SamplingConfig):
+    """The keys that scripts which change one picture share."""
 
-    script: ClassVar[str] = "edit.py"
-    headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"image": "Picture", "method": "Edit", "lora": "LoRA of the picture"}
+    headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"image": "Picture", "lora": "LoRA of the picture"}
 
     scheduler: SchedulerName | None = Field(None, description="null or ddim, on whose path a picture is edited")
     num_inference_steps: int | None = Field(None, ge=1, le=999, description="steps, of the inversion and of the edit alike; null: 50")
-    guidance_scale: float | None = Field(None, ge=1, description="classifier-free guidance, of the picture and the results alike, which doubles the work above 1; null: 1, or 3 where the picture's LoRA takes part and for sdedit")
-    seed: int = Field(0, ge=0, lt=2**63, description="result i of a target has the noise of seed + i, where there is any")
 
     image: str = Field(min_length=1, description="the picture")
     prompt: str = Field("", description="what it shows")
-    target_prompt: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="what the result shows: the prompt with other words; a list: several results at once")
-    mask: str | None = Field(None, min_length=1, description="picture of the same size, white where the result may change; outside of it the result is what the autoencoder makes of the picture, to the bit; null: anywhere")
-    images_per_target: int = Field(1, ge=1, le=1000, description="results for each target, by seeds; swap draws nothing and has one")
+    mask: str | None = Field(None, min_length=1, description="picture of the same size, white where the result may change, or as the page of drag.py saves it; outside of it the result is what the autoencoder makes of the picture, to the bit; null: anywhere")
 
-    method: Method = Field("swap", description="swap: the prompt is swapped on the picture's own way from its noise, which is put right by what the picture itself misses it by; sdedit: fresh noise is laid on the picture")
-    start: float = Field(0.0, ge=0, lt=1, description="share of the steps taken over from the picture: higher changes less")
-
-    lora: str | None = Field(None, min_length=1, description="a LoRA fitted to the picture, which keeps photographs what they are at higher guidance; null: none")
+    lora: str | None = Field(None, min_length=1, description="a LoRA fitted to the picture, which keeps photographs what they are; null: none")
     lora_weight: float = Field(1.0, description="factor on its update")
     train_if_missing: bool = Field(False, description="fit it, if there is no such file yet, by train_lora.py with fit_config")
     fit_config: str = Field("cfg/edit/fit.json", min_length=1, description="training config for it")
     cache_dir: str | None = Field(None, description="inverted paths by content; null: <output_dir>/cache")
+# fmt: on
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> Self:
+        if self.scheduler not in (None, "ddim"):
+            raise ValueError(f'scheduler "{self.scheduler}": a picture is edited on the path of ddim; leave it out')
+        if self.name == "cache":
+            raise ValueError('name "cache": names a folder that is in use; choose another')
+        return self
+
+    def all_loras(self) -> tuple[LoraEntry, ...]:
+        """Those that take part in every result: that of the picture, and the others."""
+        own = LoraEntry(path=self.lora, weight=self.lora_weight, blocks={}, rank=None) if self.lora else None
+        return (*([own] if own else []), *self.loras)
+
+
+# fmt: off
+class EditConfig(PictureConfig):
+    """The keys of a config of edit.py."""
+
+    script: ClassVar[str] = "edit.py"
+    headings: ClassVar[dict[str, str]] = PictureConfig.headings | {"target_prompt": "Edit"}
+
+    guidance_scale: float | None = Field(None, ge=1, description="classifier-free guidance, of the picture and the results alike, which doubles the work above 1; null: 1, or 3 where the picture's LoRA takes part and for sdedit")
+    seed: int = Field(0, ge=0, lt=2**63, description="result i of a target has the noise of seed + i, where there is any")
+
+    target_prompt: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="what the result shows: the prompt with other words; a list: several results at once")
+    images_per_target: int = Field(1, ge=1, le=1000, description="results for each target, by seeds; swap draws nothing and has one")
+
+    method: Method = Field("swap", description="swap: the prompt is swapped on the picture's own way from its noise, which is put right by what the picture itself misses it by; sdedit: fresh noise is laid on the picture")
+    start: float = Field(0.0, ge=0, lt=1, description="share of the steps taken over from the picture: higher changes less")
 
     axes: ClassVar[tuple[str, ...]] = ("guidance_scale", "negative_prompt", "num_inference_steps", "prompt", "target_prompt", "method", "start", "lora_weight")
 # fmt: on
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.scheduler not in (None, "ddim"):
-            raise ValueError(f'scheduler "{self.scheduler}": a picture is edited on the path of ddim; leave it out')
-        if self.name == "cache":
-            raise ValueError('name "cache": names a folder that is in use; choose another')
         targets = self.targets()
         if len(set(targets)) < len(targets):
             raise ValueError("target_prompt: one of them is there twice")
@@ -62,11 +81,6 @@ class EditConfig(SamplingConfig):
     def targets(self) -> tuple[str, ...]:
         """The prompts of the results."""
         return (self.target_prompt,) if isinstance(self.target_prompt, str) else self.target_prompt
-
-    def all_loras(self) -> tuple[LoraEntry, ...]:
-        """Those that take part in every result: that of the picture, and the others."""
-        own = LoraEntry(path=self.lora, weight=self.lora_weight, blocks={}, rank=None) if self.lora else None
-        return (*([own] if own else []), *self.loras)
 
     def seeds(self) -> range:
         """One for each result of a target."""

@@ -16,13 +16,14 @@ from lorakit.diffusion.denoiser import Denoiser, Rows
 from lorakit.diffusion.fit import NOTICED, fit_losses
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.paths import Inverting, decode_picture, encode_picture, invert_cached
-from lorakit.editing.config import EditConfig
+from lorakit.editing.config import DRAWS, EditConfig, PictureConfig
 from lorakit.editing.edit_plan import EditPlan
 from lorakit.editing.swapping import Source, composed, last, latent_mask, redraw, rows_of, swap
 from lorakit.ground.chunks import Chunks
 from lorakit.pictures.images import read_picture
 from lorakit.sampling.config import LoraEntry
 from lorakit.sampling.encoding import PromptEncoder
+from lorakit.sampling.prompts import lora_files
 from lorakit.sampling.samplers import LoraStack, picture_noise
 from lorakit.weights.identity import file_sha256, lora_sha256
 
@@ -47,7 +48,7 @@ class Desk:
     """
 
     base: Base
-    cfg: EditConfig
+    cfg: PictureConfig
     plan: EditPlan
     cache: Path
     sources: dict[Path, Source] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Desk:
         self.latents = encode_picture(base, self.picture)
         self.round_trip = decode_picture(base, self.latents[0])
         self.stack, self.chunks = LoraStack(base), Chunks(cfg.batch_size)
-        self.encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs)
+        self.encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs, lora_files([cfg]))
         self.denoiser = Denoiser(base.unet, base.noise_schedule())
         factor, mask = base.info.vae_factor, self.plan.mask
         self.where = None if mask is None else latent_mask(mask, factor, base.device)
@@ -123,10 +124,11 @@ class Desk:
     def _row(self, prompt_embeds: Tensor, negative_embeds: Tensor) -> Rows:
         return Rows(prompt_embeds, negative_embeds, torch.zeros(1, 0, device=prompt_embeds.device))
 
-    def _source(self, cell: EditConfig, row: Rows, loras: Sequence[LoraEntry]) -> Source:
+    def _source(self, cell: PictureConfig, row: Rows, loras: Sequence[LoraEntry]) -> Source:
         """The picture inverted without guidance, which edits have of their own; kept by content."""
-        grid, steps = self.denoiser.schedule.grid(cell.sampler()[1]), cell.sampler()[1]
-        if cell.method != "swap":
+        steps = cell.sampler()[1]
+        grid = self.denoiser.schedule.grid(steps)
+        if isinstance(cell, EditConfig) and cell.method in DRAWS:
             return Source(self.latents[None], row, grid)
         how = Inverting(steps, prediction_type=cell.prediction_type, clip_skip=cell.clip_skip)
         own = file_sha256(cell.image), _digest(row.prompt_embeds), _record(loras)

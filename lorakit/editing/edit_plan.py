@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from lorakit.editing.config import DRAWS, EditConfig
 from lorakit.ground.errors import UserError
-from lorakit.pictures.images import crop, image_size, load_image, resize_to_cover
+from lorakit.pictures.images import image_size
+from lorakit.pictures.painted import read_mask
 from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.fitting import missing_loras
 from lorakit.sampling.forecast import memory_lines, model_lines
-from lorakit.sampling.prompts import text_notes
+from lorakit.sampling.prompts import lora_files, text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import clip_skip_notes
 from lorakit.weights.few_steps import refuse_few_steps
@@ -59,7 +59,7 @@ def make_edit_plan(cfg: EditConfig, base: BaseInfo | None = None) -> EditPlan:
         for path in present:
             refuse_few_steps(path)
         notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0])]
-    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base)
+    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base, lora_files([cfg]))
     return EditPlan(base, shape, missing, mask, tuple(dict.fromkeys(notes)))
 
 
@@ -90,28 +90,6 @@ def _evaluations(cell: EditConfig) -> int:
     results = len(cell.targets()) * len(cell.seeds())
     rows = results + (0 if cell.method in DRAWS else math.ceil(results / cell.batch_size))
     return rows * (steps - cell.first_node()) * (1 + (guidance > 1))
-
-
-def read_mask(path: str, image: str, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) float32 in [0, 1], seen as the picture is.
-
-    Raises:
-        UserError: no picture, of another size than `image`, or black all over.
-    """
-    size, wanted = image_size(path), image_size(image)
-    if size != wanted:
-        raise UserError(
-            f"mask {path}: is {size[0]}x{size[1]}, and {image} is {wanted[0]}x{wanted[1]}: paint it on that "
-            "picture, white where it may change"
-        )
-    # By area: what no white pixel touches stays black.
-    seen = crop(resize_to_cover(load_image(path), *shape, Image.Resampling.BOX), *shape)
-    mask = np.asarray(seen.convert("L"), np.float32) / 255
-    if not mask.any():
-        raise UserError(
-            f"mask {path}: is black all over, so that nothing may change; paint white where it may"
-        )
-    return mask
 
 
 def _texts(cfg: EditConfig) -> list[tuple[str, str]]:

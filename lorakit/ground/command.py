@@ -16,6 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from lorakit.ground.config import C, Config, Loaded, default_of, leaves, load_config, schema
 from lorakit.ground.config_text import schema_at, schema_words, show
+from lorakit.ground.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,26 @@ def parse_command(
         parser.exit()
     chosen = frozenset(name for name in (*flags, "check") if getattr(known, name.replace("-", "_")))
     return Command(loaded.config, path, loaded.origins, chosen)
+
+
+def with_picture(argv: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+    """`PICTURE` as `image=PICTURE`; what exists under its whole name, or has no =, is a file.
+
+    Args:
+        suffixes: of pictures, in lower case.
+
+    Raises:
+        UserError: two pictures.
+    """
+
+    def names_picture(text: str) -> bool:
+        is_file = "=" not in text or os.path.isfile(text)
+        return is_file and not text.startswith("-") and text.lower().endswith(tuple(suffixes))
+
+    pictures = [text for text in argv if names_picture(text)]
+    if len(pictures) > 1:
+        raise UserError(f"{' and '.join(pictures)}: one picture at a time")
+    return [f"image={json.dumps(text)}" if text in pictures else text for text in argv]
 
 
 def print_notes(notes: Iterable[str]) -> None:

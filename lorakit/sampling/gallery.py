@@ -18,7 +18,9 @@ from lorakit.sampling.config import SamplingConfig
 from lorakit.sampling.model_files import fingerprint_ahead
 from lorakit.sampling.recipe import png_text
 
-NUMBERED = re.compile(r"\d{4,}\.png|(sheet|edges)(_\d+)?\.png|report\.json|index\.html|\.[0-9a-f]{16}\.tmp")
+NUMBERED = re.compile(
+    r"\d{4,}\.png|(sheet|edges|overlay)(_\d+)?\.png|(report|track)\.json|index\.html|\.[0-9a-f]{16}\.tmp"
+)
 
 
 def earlier_files(folder: Path) -> list[Path]:
@@ -82,6 +84,7 @@ class Picture:
         subject: the number of its prompt or input; `cell`: (row, column) of the grid.
         cfg: makes this picture and no other.
         facts: what report.json says of it besides.
+        ways: lines that its page draws over it, in its pixels; the last place of each is a target.
     """
 
     image: Image.Image
@@ -91,6 +94,7 @@ class Picture:
     cfg: SamplingConfig
     prompt: str
     facts: dict[str, Any] = field(default_factory=dict)
+    ways: Sequence[Sequence[tuple[float, float]]] = ()
 
 
 @dataclass(frozen=True)

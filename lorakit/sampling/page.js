@@ -5,13 +5,28 @@ function address(n) {
   return encodeURIComponent(pictures[n].file);
 }
 
+// Each way is a track of places, and last its target.
+function lines({ size: [width, height], ways }) {
+  const parts = ways.map((way) => {
+    const [x, y] = way.at(-1), track = way.slice(0, -1), r = Math.max(width, height) / 60;
+    return `<line class="a" x1="${track[0][0]}" y1="${track[0][1]}" x2="${x}" y2="${y}"/>
+      <polyline class="b" points="${track.map((place) => place.join()).join(" ")}"/>
+      <circle class="a" cx="${x}" cy="${y}" r="${r}"/>`;
+  });
+  const box = make("div", { className: "ways" });
+  box.innerHTML = `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="the ways">${parts.join("")}</svg>`;
+  return box;
+}
+
 function stage(n) {
-  const { subject, prompt, file } = pictures[n];
+  const { subject, prompt, file, ways } = pictures[n];
   const result = picture(address(n), `${file}: ${prompt}`);
   const before = leads[subject]?.[0];
   const paired = before && $("compare").checked;
   $("stage").replaceChildren(
     paired ? divider(picture(before.uri, before.label), result, [before.label, "result"]) : result);
+  $("waying").hidden = !ways.length;
+  if (ways.length && $("waysshown").checked) $("stage").append(lines(pictures[n]));
 }
 
 function show(n) {
@@ -68,6 +83,7 @@ function zoom(size) {
 
 $("comparing").hidden = !leads.length;
 $("compare").addEventListener("change", () => stage(current));
+$("waysshown").addEventListener("change", () => stage(current));
 $("zoom").addEventListener("input", () => zoom($("zoom").value));
 $("previous").addEventListener("click", () => show(current - 1));
 $("next").addEventListener("click", () => show(current + 1));

@@ -41,6 +41,8 @@ def gallery_page(gallery: Gallery, report: dict[str, Any]) -> str:
                 "subject": each.subject,
                 "prompt": each.prompt,
                 "facts": _facts(gallery, each),
+                "size": each.image.size,
+                "ways": each.ways,
                 "config": {key: value for key, value in config.items() if key not in common},
             }
             for number, (each, config) in enumerate(zip(pictures, configs, strict=True))

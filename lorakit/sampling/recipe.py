@@ -1,7 +1,7 @@
 """PNGs that tell how they were made, and the command line that takes one of them again. No torch here."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from PIL import Image
 
 from lorakit.ground.command import Command, parse_command, print_notes
 from lorakit.ground.errors import UserError
+from lorakit.pictures.painted import EMBEDDED
 from lorakit.sampling.config import A1111_SAMPLERS, SamplingConfig
 from lorakit.sampling.found_again import FOLDERS, PATHS, found_again
 from lorakit.sampling.model_files import fingerprint, portable
@@ -26,7 +27,14 @@ C = TypeVar("C", bound=SamplingConfig)
 
 
 def parse_sampling(
-    cls: type[C], argv: Sequence[str], *, prog: str, description: str, default_config: str
+    cls: type[C],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default_config: str | None,
+    flags: Mapping[str, str] = {},
+    epilog: str = "",
 ) -> Command[C]:
     """`parse_command` for a script that samples, with `--from PICTURE.png` in place of a config.
 
@@ -40,9 +48,10 @@ def parse_sampling(
         argv,
         prog=prog,
         description=description,
+        flags=flags,
         default_config=None if picture else default_config,
         epilog="`--from PICTURE.png` takes the settings of a picture that this script made; settings after "
-        "it change them.",
+        f"it change them.{epilog}",
     )
     if picture is None:
         return command
@@ -122,6 +131,8 @@ def _kept(cfg: SamplingConfig) -> tuple[dict[str, Any], dict[str, str | None]]:
     config, files = cfg.model_dump(mode="json", exclude=set(WHERE)), {}
 
     def keep(path: str) -> str:
+        if path.startswith(EMBEDDED):
+            return path
         if not Path(path).exists():
             return portable(path)
         sha256, kept = fingerprint(path), portable(path)

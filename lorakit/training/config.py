@@ -92,6 +92,7 @@ class TrainConfig(Config):
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = Field("gaussian", description="start of A (B starts at 0; orthogonal: both random with B A = 0, linear layers only)")
     train_text_encoder: bool = Field(False, description="a LoRA in the text encoder too; its states are then not cached")
     text_encoder_learning_rate: float | None = Field(None, gt=0, description="null: learning_rate")
+    loraplus_lr_ratio: float = Field(1.0, gt=0, description="B learns so many times as fast as A: LoRA+ (Hayou et al. 2024), whose authors take 16 with a lower learning_rate")
 
     objective: ObjectiveName | tuple[ObjectiveName, ...] = Field("denoise", description="what the LoRA learns; a list: several at once, in one pass")
     prior: PriorSettings | None = Field(None, description="of the objective prior, which keeps the rest as it is while a subject is learnt: weight, every; prompts, or prompt_file and subject; or class_data_dir, class_prompt, class_images")
@@ -167,6 +168,8 @@ class TrainConfig(Config):
             raise ValueError("lr_scheduler_name, learning_rate: polynomial ends at 1e-7, so learning_rate must be larger")
         if self.optimizer == "prodigy" and self.text_encoder_learning_rate not in (None, self.learning_rate):
             raise ValueError("optimizer, text_encoder_learning_rate: prodigy finds one rate for all; leave text_encoder_learning_rate out")
+        if self.optimizer == "prodigy" and self.loraplus_lr_ratio != 1:
+            raise ValueError("optimizer, loraplus_lr_ratio: prodigy finds one rate for all; leave loraplus_lr_ratio out")
         if self.text_encoder_learning_rate and not self.train_text_encoder:
             raise ValueError("text_encoder_learning_rate, train_text_encoder: the rate is of use only with train_text_encoder")
         if self.total_batch_size and self.gradient_accumulation_steps > 1:

@@ -15,6 +15,7 @@ from lorakit.training.class_pictures import shows_class
 from lorakit.training.objective_config import kinds_of, prompts_of
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
+from lorakit.training.smooth_config import smooth_settings
 from lorakit.training.words_config import encodes_text, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import base_line, text_layers
@@ -24,6 +25,7 @@ from lorakit.weights.tokens import overlong, unread_notes
 
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
 RESNET_TENSORS, TRANSFORMER_TENSORS = 10.0, 25.0
+TWICE, SCORES = 1.4, 3.0  # of a row that is differentiated twice: more of the same, and matrices of scores
 LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS = 6.0, 20.0  # of a large base, whose frozen layers keep less
 
 
@@ -60,7 +62,8 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
     """Bytes that the U-Net keeps for backward, per micro-batch of one process: an estimate.
 
     Counted per level of the U-Net as (resnets, transformers) x channels x latent pixels, with the number of
-    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md).
+    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md). Rows
+    that are differentiated twice keep the scores of self-attention too, heads x latent pixels squared.
     """
     unet = plan.base.configs.get("unet")
     if not unet:
@@ -68,8 +71,10 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
     width, height = max(plan.shapes, key=math.prod)
     pixels = width * height // plan.base.vae_factor**2
     channels, layers = unet["block_out_channels"], unet["layers_per_block"]
+    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
+    heads = [heads] * len(channels) if isinstance(heads, int) else heads
     levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
-    elements = 0.0
+    elements = scores = 0.0
     of_resnet, of_transformer = RESNET_TENSORS, TRANSFORMER_TENSORS
     if plan.base.is_large:
         of_resnet, of_transformer = LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS
@@ -79,10 +84,14 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
         resnets = layers + (layers + 1) + 2 * last
         transformers = ("Cross" in down) * layers + ("Cross" in up) * (layers + 1) + last
         elements += here * (of_resnet * resnets + of_transformer * transformers)
+        scores += transformers * heads[level] * (pixels / 4**level) ** 2
     scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
     rows = cfg.train_batch_size + (math.ceil(cfg.train_batch_size / cfg.prior.every) if cfg.prior else 0)
-    kept = 2 if any(kind.double_backward for kind in kinds_of(cfg)) else 1  # the first backward is kept too
-    return int(elements * rows * kept * (2 if half else 4) * scale)
+    total = elements * rows
+    if any(kind.double_backward for kind in kinds_of(cfg)):
+        twice = math.ceil(cfg.train_batch_size / smooth_settings(cfg).every)
+        total += twice * (TWICE * elements + SCORES * scores)
+    return int(total * (2 if half else 4) * scale)
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:

@@ -14,6 +14,7 @@ from harness import ROOT, SCRIPTS, assert_refused, snapshot
 
 from lorakit.diffusion.inversion_plan import InvertConfig
 from lorakit.editing.config import EditConfig
+from lorakit.editing.drag_config import DragConfig
 from lorakit.film.config import MorphConfig
 from lorakit.ground.config import load_config
 from lorakit.motion.config import AnimateConfig, Camera
@@ -30,6 +31,7 @@ NUMBER = {
     "generate": "images_per_prompt",
     "style_transfer": "images_per_picture",
     "edit": "images_per_target",
+    "drag": "iterations",
 }
 """A key of each script that takes an integer."""
 
@@ -166,6 +168,7 @@ READ_BY = {
     "generate": ({**GenerateConfig.model_fields}, ["generate.py", "lorakit"]),
     "style_transfer": ({**StyleConfig.model_fields}, ["style_transfer.py", "lorakit"]),
     "edit": ({**EditConfig.model_fields}, ["edit.py", "lorakit"]),
+    "drag": ({**DragConfig.model_fields}, ["drag.py", "lorakit"]),
     "animate": ({**AnimateConfig.model_fields, **Camera.model_fields}, ["animate.py", "lorakit"]),
     "mix_lora": ({key: 1 for verb in VERBS.values() for key in verb.config.model_fields}, ["mix_lora.py"]),
 }
@@ -211,6 +214,7 @@ CLASSES = {
     "generate": GenerateConfig,
     "style_transfer": StyleConfig,
     "edit": EditConfig,
+    "drag": DragConfig,
     "animate": AnimateConfig,
 }
 """By the folder of the schema that a config names."""

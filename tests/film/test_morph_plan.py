@@ -330,6 +330,7 @@ OTHER_VALUES = {
     "clip_skip": 2,
     "loop": True,
     "frames": 6,
+    "prompt_syntax": "a1111",
     "negative_prompt": "fog",
     "anchor_prompt": "a hill",
     "num_inference_steps": 8,
@@ -358,6 +359,7 @@ def test_every_key_either_changes_the_fingerprint_or_only_shows_frames(planned):
         "images",
         "pretrained_model_name_or_path",
         "base_config",
+        "embedding_dirs",
         "width",
         "height",
     }  # what they stand for

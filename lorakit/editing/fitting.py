@@ -1,0 +1,27 @@
+"""A LoRA of the picture, fitted before it is changed. No torch here."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lorakit.editing.config import PictureConfig
+from lorakit.ground.process import StopFlag
+from lorakit.sampling.fitting import OF_THE_BASE, Fit, fit_lora
+
+
+def fit_missing(
+    cfg: PictureConfig, missing: Iterable[str], shape: tuple[int, int], folder: Path, script: Path
+) -> None:
+    """Train those that are not there yet; a signal stops it where the same command goes on.
+
+    Args:
+        shape: (width, height) at which the picture is seen; `folder` of the run.
+        script: train_lora.py.
+
+    Raises:
+        UserError, StoppedError: as fit_lora.
+    """
+    base = {key: getattr(cfg, key) for key in OF_THE_BASE}
+    with StopFlag() as stop:
+        for lora in missing:
+            data = folder / "fit" / Path(lora).stem
+            fit_lora(Fit(lora, cfg.image, cfg.prompt, shape, cfg.fit_config, data, base), stop, script)

@@ -1,0 +1,416 @@
+"""The script that drags things in a picture: exactness, masks, both methods, kills, the faults of users."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import narrow
+import numpy as np
+import pytest
+from galleries import ONE_LEVEL, command_line, distance, levels, pictures_in, report_in
+from PIL import Image
+
+import drag
+from lorakit.editing.drag_config import DragConfig
+from lorakit.editing.drag_plan import View
+from lorakit.ground.config import ConfigError, load_config, schema
+from lorakit.ground.errors import UserError
+from lorakit.ground.process import run_guarded
+from lorakit.pictures.painted import EMBEDDED
+from lorakit.sampling.recipe import CONFIG_CHUNK
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+ROOT = Path(__file__).resolve().parents[2]
+WAY = [[8.0, 12.0], [16.0, 12.0]]
+STILL = [[8.0, 12.0], [8.0, 12.0]]
+# Of the tiny base's shape: a cell of its latents is two pixels, of its features four.
+PULL = {"method": "drag", "iterations": 3, "learning_rate": 0.3, "start": 0.5}
+
+
+@pytest.fixture
+def arguments(tiny_base, pictures, tmp_path):
+    """Factory of the command line for one picture of 24 pixels, seen at 16, on the tiny base."""
+
+    def make(*more, **changes):
+        keys = dict(
+            image=str(pictures / "0.png"), prompt="a photo of hills", points=[WAY], num_inference_steps=4,
+            width=16, height=16, radius=4.0, start=0.5,
+        )  # fmt: skip
+        return command_line(tmp_path, tiny_base, keys | changes, *more)
+
+    return make
+
+
+@pytest.fixture
+def run(arguments, tmp_path):
+    """Factory that runs the script in this process; returns the folder."""
+
+    def make(*more, **changes):
+        assert drag.main(arguments(*more, **changes)) == 0
+        return tmp_path / "out" / changes.get("name", "run")
+
+    return make
+
+
+@pytest.fixture
+def painted():
+    """(24, 24) uint8, white in its upper part, where the way lies."""
+    found = np.zeros((24, 24), np.uint8)
+    found[3:18] = 255
+    return found
+
+
+@pytest.fixture
+def mask(painted, tmp_path):
+    Image.fromarray(painted).save(tmp_path / "mask.png")
+    return str(tmp_path / "mask.png")
+
+
+def tracks_in(folder):
+    return json.loads((folder / "track.json").read_text(encoding="utf-8"))
+
+
+def embedded(painted):
+    buffer = io.BytesIO()
+    Image.fromarray(painted).save(buffer, "PNG")
+    return EMBEDDED + base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---- what comes out ----
+
+
+@pytest.mark.quick
+def test_a_drag_gives_a_picture_its_ways_its_track_and_a_page(run, capsys, mask):
+    folder = run(mask=mask)
+    names = {"0000.png", "overlay_0000.png", "sheet.png", "report.json", "track.json", "index.html"}
+    assert {path.name for path in folder.iterdir()} == names
+    out = capsys.readouterr().out
+    assert out.startswith("pictures    1 of ") and "drag        the pixels were moved after 1 step" in out
+    (track,) = tracks_in(folder)
+    (way,) = track["ways"]
+    assert way["handle"] == WAY[0] and way["target"] == WAY[1] == way["tracked"]
+    assert way["track"] == WAY and way["left"] == pytest.approx(
+        np.hypot(*np.subtract(way["seen"], WAY[1])), abs=0.02
+    )
+    (entry,) = report_in(folder)["pictures"]
+    assert entry["left"] == pytest.approx(way["left"], abs=0.06) and entry["psnr"] and entry["stopped"]
+    # 4 of the inversion; then picture and result from node 2 of 4.
+    assert report_in(folder)["evaluations"] == 4 + 2 * 2
+    assert '"ways": [[[' in (folder / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def trip(tiny_base, pictures):
+    """Levels of what the autoencoder makes of the picture."""
+    from lorakit.diffusion.models import Base
+    from lorakit.diffusion.paths import decode_picture, encode_picture
+    from lorakit.pictures.images import read_picture
+    from lorakit.weights.base import inspect_base
+
+    base = Base(inspect_base(str(tiny_base)))
+    latents = encode_picture(base, read_picture(pictures / "0.png", (16, 16)))
+    return np.asarray(decode_picture(base, latents[0]), np.int16)
+
+
+@pytest.mark.parametrize("ways", [PULL, {"grid": {"kind": ["move", "stretch"], "noise": ["moved", "own"]}}])
+def test_a_way_that_leads_nowhere_gives_the_round_trip_to_the_bit(run, trip, mask, capsys, ways):
+    folder = run(points=[STILL], mask=mask, guidance_scale=2.0, **ways)
+    assert len(pictures_in(folder)) == (1 if ways is PULL else 4)
+    assert all((found == trip).all() for found in pictures_in(folder))
+    assert "way 0 leads nowhere" in capsys.readouterr().out
+    assert all(row["psnr"] is None for row in report_in(folder)["pictures"])
+    moved = run(mask=mask, name="moved", guidance_scale=2.0, **ways)
+    assert all(distance(found, trip) > ONE_LEVEL for found in pictures_in(moved))
+
+
+@pytest.mark.parametrize("method", ["warp", "drag"])
+def test_outside_of_the_mask_is_the_round_trip(run, mask, trip, method, capsys):
+    options = PULL if method == "drag" else {}
+    found = pictures_in(run(mask=mask, **options))[0]
+    assert (found[12:] == trip[12:]).all() and distance(found[3:11], trip[3:11]) > ONE_LEVEL
+    assert "everything may change" not in capsys.readouterr().out
+    free = pictures_in(run(name="free", **options))[0]
+    assert distance(free[12:], trip[12:]) > ONE_LEVEL
+    assert "mask is null: everything may change" in capsys.readouterr().out
+
+
+def test_the_mask_lies_in_the_config_as_well_and_is_kept_with_the_picture(run, mask, painted, tmp_path):
+    folder = run(mask=mask)
+    inside = run(mask=embedded(painted), name="inside")
+    assert (pictures_in(folder)[0] == pictures_in(inside)[0]).all()
+    picture = inside / "0000.png"
+    assert json.loads(Image.open(picture).text[CONFIG_CHUNK])["mask"] == embedded(painted)
+    assert drag.main(["--from", str(picture), f"output_dir={tmp_path / 'again'}"]) == 0
+    assert (pictures_in(tmp_path / "again/inside_0000")[0] == pictures_in(inside)[0]).all()
+
+
+def test_dragdiffusion_follows_the_features_and_says_why_it_stopped(run, mask, capsys):
+    folder = run(mask=mask, **(PULL | {"learning_rate": 1e-6}))
+    (track,) = tracks_in(folder)
+    assert track["stopped"] == "the iterations were used up" and track["steps"] == 3
+    assert len(track["ways"][0]["track"]) == 4
+    # 4 of the inversion, the features of the start, 3 pulls and a last look, picture and result twice.
+    assert report_in(folder)["evaluations"] == 4 + 1 + 4 + 2 * 2
+    short = run(points=[[[8.0, 12.0], [10.0, 12.0]]], name="short", mask=mask, **PULL)
+    assert tracks_in(short)[0]["stopped"] == "every handle arrived"
+    assert "less than a cell of the latents" in capsys.readouterr().out
+
+
+def test_the_same_command_gives_the_same_bytes_and_takes_the_path_from_the_cache(run, mask):
+    folder, again = run(mask=mask, **PULL), run(mask=mask, name="again", **PULL)
+    assert (pictures_in(folder)[0] == pictures_in(again)[0]).all()
+    assert report_in(again)["evaluations"] == report_in(folder)["evaluations"] - 4
+
+
+def test_picture_and_tracker_that_do_not_agree_are_said(run, mask, capsys, monkeypatch):
+    run(mask=mask)
+    agree = capsys.readouterr().out
+    monkeypatch.setattr("lorakit.editing.drag_report.DIFFER", -1.0)
+    folder = run(mask=mask, name="other")
+    assert (
+        "trust the picture" in capsys.readouterr().out and tracks_in(folder)[0]["ways"][0]["agree"] is False
+    )
+    assert ("trust the picture" in agree) != tracks_in(folder.parent / "run")[0]["ways"][0]["agree"]
+
+
+def test_a_narrow_sd15_is_dragged_too_with_the_same_feature_block(run, tmp_path):
+    base = narrow.write_base(tmp_path, "modern")
+    keys = {"pretrained_model_name_or_path": str(base), "width": 64, "height": 64, "num_inference_steps": 2}
+    for name, changes in {"warp": {}, "drag": PULL}.items():
+        folder = run(**(keys | changes), name=name)
+        assert report_in(folder)["pictures"][0]["psnr"]
+    from lorakit.diffusion.models import Base
+    from lorakit.weights.base import inspect_base
+
+    unet = Base(inspect_base(str(base))).unet
+    assert len(unet.up_blocks) == 4 and DragConfig.model_fields["feature_block"].default == -2
+
+
+@pytest.mark.slow
+def test_a_missing_lora_is_fitted_to_the_picture_first(run, tmp_path):
+    from small import SHORT_RUN
+
+    keys = {key: value for key, value in SHORT_RUN.items() if key not in ("resolution", "ckpt_name")}
+    (tmp_path / "fit.json").write_text(json.dumps(keys | {"data_dir": str(tmp_path), "max_train_steps": 2}))
+    lora = tmp_path / "own.safetensors"
+    fit = {"lora": str(lora), "train_if_missing": True, "fit_config": str(tmp_path / "fit.json")}
+    folder = run(**fit)
+    assert lora.exists() and (folder / "fit/own/picture.png").exists()
+    again, without = run(lora=str(lora), name="again"), run(name="without")
+    assert distance(pictures_in(folder)[0], pictures_in(again)[0]) == 0
+    assert distance(pictures_in(folder)[0], pictures_in(without)[0]) > 0
+
+
+# ---- places ----
+
+
+def test_places_of_the_picture_are_found_where_it_is_scaled_and_cut():
+    assert View((24, 24), (16, 16)).seen((12.0, 6.0)) == (8.0, 4.0)
+    wide = View((400, 200), (128, 128))  # scaled to 256 x 128, 64 cut off at the left
+    assert wide.seen((200.0, 100.0)) == (64.0, 64.0) and wide.seen((100.0, 0.0)) == (0.0, 0.0)
+    for view in (wide, View((333, 512), (96, 160)), View((24, 24), (16, 16))):
+        assert view.own(view.seen((17.0, 21.0))) == pytest.approx((17.0, 21.0))
+
+
+# ---- kills ----
+
+
+def fork(arguments, log, prepare=lambda: None):
+    """The exit code of a process that has imported everything already and runs drag.py."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for number in (1, 2):
+                os.dup2(descriptor, number)
+            prepare()
+            code = run_guarded(lambda: drag.main(arguments))
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_killed_before_any_rename_the_same_command_gives_the_same_bytes(run, arguments, mask, tmp_path):
+    """Each child dies when a file of a kind that none before it died at is about to get its name."""
+    straight = run(mask=mask, name="straight", cache_dir=str(tmp_path / "other"), **PULL)
+    options, kinds = arguments(mask=mask, overwrite=True, **PULL), tmp_path / "kinds.txt"
+    kinds.touch()
+
+    def prepare():
+        real, seen = os.replace, kinds.read_text().split()
+
+        def replace(source, target):
+            kind = Path(target).name if Path(target).suffix != ".safetensors" else "path"
+            if kind not in seen:
+                kinds.write_text(" ".join([*seen, kind]))
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+
+        os.replace = replace
+
+    codes = [fork(options, tmp_path / "log.txt", prepare) for _ in range(8)]
+    assert codes == [-signal.SIGKILL] * 7 + [0], (tmp_path / "log.txt").read_text()
+    files = {"0000.png", "overlay_0000.png", "track.json", "report.json", "sheet.png", "index.html"}
+    assert set(kinds.read_text().split()) == files | {"path"}
+    folder = tmp_path / "out/run"
+    assert {path.name for path in folder.iterdir()} == files
+    for name in ("overlay_0000.png", "track.json", "sheet.png"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+    assert (levels(folder / "0000.png") == levels(straight / "0000.png")).all()
+
+
+def test_ctrl_c_during_a_drag_ends_it_with_130_and_nothing_half_written(arguments, mask, tmp_path):
+    def prepare():
+        from lorakit.editing import drag_desk
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        drag_desk.drag_latents = interrupted
+
+    assert fork(arguments(mask=mask, **PULL), tmp_path / "log.txt", prepare) == 130
+    assert not list((tmp_path / "out/run").iterdir())
+    assert fork(arguments(mask=mask, **PULL), tmp_path / "log.txt") == 0
+
+
+# ---- faults ----
+
+
+def paint(path, size, value):
+    Image.new("L", size, value).save(path)
+    return str(path)
+
+
+FAULTS = {
+    "no points": (lambda f: {"points": []}, "points: there are none; python drag.py --page .*0.png"),
+    "a handle outside": (
+        lambda f: {"points": [[[30, 4], [8, 8]]]},
+        r"the handle of way 0, \[30, 4\], is outside of .*0.png, which is 24x24",
+    ),
+    "a target outside": (
+        lambda f: {"points": [WAY, [[3, 4], [3, -1]]]},
+        r"the target of way 1, \[3, -1\], is outside of",
+    ),
+    "cut away": (
+        lambda f: {"points": [[[1, 4], [8, 8]]], "width": 8},
+        r"the handle of way 0, \[1, 4\], is cut away",
+    ),
+    "outside of the mask": (
+        lambda f: {"mask": half(f / "m.png")},
+        r"the target of way 0, \[16, 12\], is outside of the mask; paint",
+    ),
+    "targets that overlap": (
+        lambda f: {"points": [WAY, [[3, 3], [17, 13]]]},
+        "the targets of ways 0 and 1 overlap, 1 pixels of 4 apart",
+    ),
+    "a mask of another size": (
+        lambda f: {"mask": paint(f / "m.png", (20, 24), 255)},
+        "m.png: is 20x24, and .* is 24x24: paint it on that picture",
+    ),
+    "a black mask": (lambda f: {"mask": paint(f / "m.png", (24, 24), 0)}, "m.png: is black all over"),
+    "no mask there": (lambda f: {"mask": str(f / "none.png")}, "none.png: No such file"),
+    "a broken mask in the config": (
+        lambda f: {"mask": EMBEDDED + "AAAA"},
+        "mask in the config: not a picture|mask in the config: looks",
+    ),
+    "half a mask in the config": (lambda f: {"mask": EMBEDDED + "A"}, "mask in the config: is not whole"),
+    "a start that leaves no step": (lambda f: {"start": 0.95}, "start 0.95 of 4 steps leaves none"),
+    "no picture": (lambda f: {"image": str(f / "none.png")}, "none.png: No such file"),
+    "no LoRA": (lambda f: {"lora": str(f / "none.safetensors")}, "no such LoRA file; .* or set lora=null"),
+}
+
+
+def half(path):
+    painted = np.zeros((24, 24), np.uint8)
+    painted[:, :12] = 255
+    Image.fromarray(painted).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_one_message_and_leaves_nothing(name, arguments, tmp_path):
+    changes, message = FAULTS[name]
+    with pytest.raises(UserError, match=message) as caught:
+        drag.main(arguments(**changes(tmp_path)))
+    assert caught.value.exit_code == 2 and len(str(caught.value).splitlines()) == 1
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
+def test_a_feature_block_that_is_not_there_and_a_rate_that_breaks_it_leave_nothing(arguments, mask, tmp_path):
+    with pytest.raises(UserError, match="feature_block 2: this U-Net has 2 up blocks"):
+        drag.main(arguments(mask=mask, **PULL, feature_block=2))
+    with pytest.raises(UserError, match="lower learning_rate") as caught:
+        drag.main(arguments(mask=mask, **(PULL | {"learning_rate": 1e30})))
+    assert caught.value.exit_code == 3 and not list((tmp_path / "out").glob("run/*"))
+
+
+def test_a_lora_for_few_steps_is_refused_and_one_of_another_picture_is_said(
+    arguments, run, fitted, tmp_path, capsys
+):
+    from lorakit.weights.tensors import read_tensors, serialize
+
+    lora = shutil.copy(fitted[0], tmp_path / "lcm-lora.safetensors")
+    Path(lora).write_bytes(serialize(read_tensors(lora)[0], {}))  # without what train_lora.py says of itself
+    with pytest.raises(UserError, match="looks like a LoRA for sampling in few steps"):
+        drag.main(arguments(lora=str(lora)))
+    run(lora=str(fitted[0]))
+    assert "no better than none does" in capsys.readouterr().out
+
+
+NOTES = {
+    "a short way": (
+        {"points": [[[8, 12], [9, 12]]]},
+        "way 0 is 1 pixels long, less than a cell of the latents, 3",
+    ),
+    "cut off": ({"points": [[[8, 12], [23, 12]]]}, "way 0 ends so near to the picture's edge"),
+    "no words": ({"prompt": ""}, "prompt is empty"),
+    "an early start": ({"start": 0.0}, "the model may take back what was moved"),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_what_may_not_be_meant_is_said_before_the_work(name, command, arguments):
+    changes, message = NOTES[name]
+    result = command("drag", arguments("--check", **changes))
+    assert result.code == 0 and not result.torch and message in result.out
+    assert message not in command("drag", arguments("--check", start=0.75)).out
+
+
+def test_check_tells_work_and_memory_without_torch(command, arguments, mask):
+    result = command("drag", arguments("--check", mask=mask, prompt="hills and " * 60, **PULL))
+    assert result.code == 0 and not result.torch and "is not read" in result.out
+    assert "ways        1, of 8 pixels" in result.out
+    # The features of the start, 3 pulls and a last look; picture and result from node 2 of 4.
+    assert "work        9 rows through the U-Net at most, 4 before them for each new path" in result.out
+
+
+RULES = {
+    "one handle": ({"points": [WAY, [WAY[0], [3, 3]]]}, "points: two ways begin at the same handle"),
+    "three places": ({"points": [[[1, 2], [3, 4], [5, 6]]]}, "points.0: must be a list of 2"),
+    "not a method": ({"method": "drag_lora"}, 'method: must be one of "warp", "drag"'),
+    "scheduler": ({"scheduler": "euler"}, "edited on the path of ddim"),
+    "the cache": ({"name": "cache"}, "names a folder that is in use"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_config_that_cannot_be_meant_is_refused(name):
+    changes, message = RULES[name]
+    settings = [f"{key}={json.dumps(value)}" for key, value in ({"image": "x"} | changes).items()]
+    with pytest.raises(ConfigError, match=message):
+        load_config(DragConfig, None, settings)
+
+
+def test_presets_are_valid_and_the_schema_is_that_of_the_keys():
+    presets = [path for path in ROOT.glob("cfg/drag/*.json") if path.stem != "schema"]
+    presets += ROOT.glob("cfg/sd15/drag*.json")
+    assert len(presets) >= 2
+    for path in presets:
+        cfg = load_config(DragConfig, path).config
+        assert cfg.points and cfg.mask and (ROOT / cfg.fit_config).is_file() and (ROOT / cfg.image).is_file()
+    assert json.loads((ROOT / "cfg/drag/schema.json").read_text()) == schema(DragConfig)
