@@ -62,8 +62,8 @@ def make_motion_unet(unet: Any, settings: dict[str, Any], seed: int) -> tuple[An
 
     torch.manual_seed(derive_seed(seed, "motion/weights"))
     adapter: Any = MotionAdapter(**settings)
-    model: Any = UNetMotionModel.from_unet2d(unet, adapter).to(memory_format=torch.channels_last)
-    model.requires_grad_(False)
+    model: Any = UNetMotionModel.from_unet2d(unet, adapter)
+    model.to(memory_format=torch.channels_last).requires_grad_(False)
     module, names = nn.Module(), ("down_blocks", "up_blocks")
     for name in names:
         blocks = nn.ModuleList()

@@ -20,6 +20,7 @@ from lorakit.motion.animate_plan import AnimatePlan
 from lorakit.motion.camera import moments
 from lorakit.motion.carried_noise import film_noise
 from lorakit.sampling.encoding import PromptEncoder
+from lorakit.sampling.prompts import lora_files
 from lorakit.sampling.samplers import make_scheduler, picture_noise
 from lorakit.weights.motion_adapter import MotionInfo
 from lorakit.weights.part_files import BaseError, read_places
@@ -74,7 +75,7 @@ def open_studio(plan: AnimatePlan, base: Base) -> "Studio":
     """What makes the film of a plan, with the LoRAs that are in the base by now."""
     cfg = plan.cfg
     name, _, guidance_scale = cfg.sampler()
-    encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs)
+    encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs, lora_files([cfg]))
     embeds, negative = encoder.encode(cfg.prompts(), cfg.negative_prompt)
     agreement, factor = None, base.info.vae_factor
     if cfg.agreement:

@@ -413,3 +413,14 @@ def test_presets_are_valid_and_the_schema_is_that_of_the_keys():
     assert stored == schema(AnimateConfig), "run: animate.py --schema > cfg/animate/schema.json"
     assert load_config(AnimateConfig, ROOT / "cfg/animate/film.json").config.frames == 16
     assert load_config(AnimateConfig, ROOT / "cfg/sd15/animate.json").config.beta_schedule == "linear"
+
+
+def test_a1111_s_marks_name_loras_and_weights(run, fitted, tmp_path):
+    """With one prompt; among several they could not be everyone's."""
+    keys = dict(prompt_syntax="a1111", model_dirs=[str(fitted[0].parent)], **ALONE)
+    named = run(prompt=f"{PROMPT} <lora:{fitted[0].stem}:0.7>", **keys)
+    given = run(name="given", prompt=PROMPT, loras=[{"path": str(fitted[0]), "weight": 0.7}], **keys)
+    plain = run(name="plain", prompt=PROMPT, **keys)
+    assert differ(named, given) == 0 < differ(named, plain)
+    with pytest.raises(UserError, match="prompt"):
+        run(name="several", prompt=[f"a <lora:{fitted[0].stem}:1>", "b"], **keys)
