@@ -90,7 +90,8 @@ def animate(plan: AnimatePlan, folder: Path, stop: StopFlag, hint: str) -> None:
                     raise StoppedError(f"what is done is kept. To go on: {hint}", signum)
 
             noise = scene_noise(plan, base)
-            latents = studio.denoise(noise, cfg.sampler()[1], folder / "state/film.safetensors", key, step)
+            kept = folder / "state/film.safetensors", key
+            latents = studio.denoise(noise, cfg.sampler()[1], step, kept)
 
         evaluations = studio.evaluations
         develop(base, cfg, latents, paths)

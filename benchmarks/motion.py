@@ -6,7 +6,7 @@
 
 Each film is measured by the similarity transforms that fit each frame to the next (motion/estimate.py).
 Prints a row for each camera and way: the share of the move that was made, its deviation over films, in how
-many its sign is right, pixels of a move that nobody asked for, dB between neighbours after the move that fits,
+many its sign is right, pixels of a move that nobody asked for, dB between neighbours after the fitting move,
 coherence, and sharpness over that of single pictures. One JSON line comes last.
 """
 
@@ -69,9 +69,8 @@ def film(base: Any, distance: Any, prompt: str, seed: int, camera: str, changes:
     settings |= {"pretrained_model_name_or_path": base.info.name, "prompt": prompt, "camera": CAMERAS[camera]}
     cfg = AnimateConfig.model_validate_json(json.dumps(settings | changes))
     plan, begun = make_animate_plan(cfg, base.info), time.perf_counter()
-    nowhere = Path("/nonexistent")  # nothing is kept of these films
     with torch.no_grad():
-        latents = open_studio(plan, base).denoise(scene_noise(plan, base), STEPS, nowhere, "", lambda _: None)
+        latents = open_studio(plan, base).denoise(scene_noise(plan, base), STEPS)
     frames = base.decode_pictures(latents)
     seconds = time.perf_counter() - begun
     metrics = measure(frames, plan.poses, distance)["metrics"]
@@ -129,7 +128,9 @@ def main() -> None:
     for camera, prompt, seed in product(args.cameras, PROMPTS[: args.prompts], range(args.seeds)):
         for way in args.ways:
             found[camera, way].append(film(base, distance, prompt, seed, camera, WAYS[way] | common))
-    singles = [each["sharpness"] for (_, way), films in found.items() for each in films if way == "own noise"]
+            print(f"{camera}, {way}, {prompt}: {found[camera, way][-1]}", file=sys.stderr, flush=True)
+    alone = [way for way in args.ways if WAYS[way].get("agreement") == 0]  # frames are pictures there
+    singles = [each["sharpness"] for (_, way), films in found.items() for each in films if way in alone]
     single = mean(singles) if singles else 1.0
     rows = {key: row(films, key[0], base.info.resolution, single) for key, films in found.items()}
     for (camera, way), each in rows.items():

@@ -151,11 +151,14 @@ def smooth_ratios(values: Values) -> str:
 
 
 SMOOTH = Part(
-    commands=(Command(("benchmarks/smooth.py", "--seeds", *SEEDS)),),
-    values=lambda said: [
+    commands=(
+        Command(("benchmarks/smooth.py", "--weights", "1", "--seeds", *SEEDS)),
+        Command(("benchmarks/smooth.py", "--weights", "30")),
+    ),
+    values=lambda mild, strong: [
         rounded(row, ("weight", "seed", *EVENNESS))
         | ({"of_weight_0": rounded(row["of_weight_0"], EVENNESS)} if row["weight"] is not None else {})
-        for row in said["rows"]
+        for row in [*mild["rows"], *strong["rows"][-1:]]
     ],
     shown={"weights": smooth_table, "ratios": smooth_ratios},
 )

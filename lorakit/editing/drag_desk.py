@@ -17,7 +17,7 @@ from lorakit.diffusion.paths import decode_picture
 from lorakit.diffusion.schedule import ddim_step
 from lorakit.editing.desk import Desk
 from lorakit.editing.drag_config import DragConfig
-from lorakit.editing.drag_plan import GRID, DragPlan
+from lorakit.editing.drag_plan import GRID, DragPlan, holds_outside
 from lorakit.editing.drag_report import Drag, Found
 from lorakit.editing.dragging import Following, drag_latents
 from lorakit.editing.healing import heal, moved_latents
@@ -113,7 +113,7 @@ class DragDesk(Desk):
     def _pulled(self, cell: DragConfig, source: Source) -> tuple[Tensor, list[tuple[Point, ...]], str]:
         start, outside = cell.first_node(), None
         timestep, levels = source.grid.timesteps[start], source.grid.alpha_bar[start : start + 2]
-        if self.where is not None and cell.mask_weight:
+        if self.where is not None and holds_outside(cell, self.plan):
             outside = 1 - self.where
 
         def look(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,9 @@ class DragDesk(Desk):
         ways = [(_cell(handle), _cell(target)) for handle, target in self.plan.ways]
         pulls = list(drag_latents(look, source.path[start], ways, how, outside))
         track = [tuple(map(_pixel, pull.handles)) for pull in pulls]
-        stopped = "every handle arrived" if pulls[-1].arrived else "the iterations were used up"
-        return pulls[-1].latents, track, stopped
+        last, count = pulls[-1], len(pulls) - 1
+        stopped = f"{'every handle arrived after' if last.arrived else 'the handles had'} {count} iterations"
+        return last.latents, track, stopped
 
 
 def _pixels_of(image: Image.Image) -> Array:

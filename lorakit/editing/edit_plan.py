@@ -15,8 +15,8 @@ from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.fitting import missing_loras
 from lorakit.sampling.forecast import (
     LIBRARIES,
+    backward_bytes,
     halves_of,
-    kept_elements,
     memory_lines,
     model_lines,
     time_words,
@@ -109,10 +109,10 @@ def _fit_lines(cfg: EditConfig, plan: EditPlan) -> Iterator[str]:
             yield f"to fit      {fit.embedding}, {left} steps of {BATCH} rows through the U-Net and back"
     yield from (f"to train    {path}, with {with_config}" for path in plan.missing)
     if any(fit.done < fit.steps for fit in plan.fits):
-        elements, _ = kept_elements(plan.base, plan.shape) or (0.0, 0.0)
         for half in halves_of(cfg.mixed_precision):
-            numbers = plan.base.parameters.get("unet", 0) + elements * min(BATCH, cfg.batch_size)
-            total = f"about {(numbers * (2 if half else 4) + LIBRARIES) / 1e6:,.0f} MB"
+            kept = backward_bytes(plan.base, plan.shape, min(BATCH, cfg.batch_size), half) or 0
+            unet = plan.base.parameters.get("unet", 0) * (2 if half else 4)
+            total = f"about {(kept + unet + LIBRARIES) / 1e6:,.0f} MB"
             yield f"            {total} in {'half precision' if half else 'float32'}"
 
 

@@ -14,7 +14,7 @@ from lorakit.motion.windows import WINDOW, windows
 from lorakit.pictures.animation import missing_writers
 from lorakit.sampling.config import check_size
 from lorakit.sampling.forecast import memory_lines, model_lines
-from lorakit.sampling.prompts import text_notes
+from lorakit.sampling.prompts import lora_files, text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.identity import base_identity, file_sha256, lora_sha256
 from lorakit.weights.motion_adapter import MotionInfo, inspect_motion_adapter
@@ -69,7 +69,11 @@ def make_animate_plan(cfg: AnimateConfig, base: BaseInfo | None = None) -> Anima
     adapter = inspect_motion_adapter(cfg.motion_adapter, base) if cfg.motion_adapter and base.known else None
     texts = [(prompt, "prompt" if len(cfg.prompts()) > 1 else "") for prompt in cfg.prompts()]
     texts.append((cfg.negative_prompt if guidance != 1 else "", "negative_prompt"))
-    notes = [*base.notes, *notes, *text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base)]
+    notes = [
+        *base.notes,
+        *notes,
+        *text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base, lora_files([cfg])),
+    ]
     shape = cfg.width or base.resolution, cfg.height or base.resolution
     poses = path(cfg.frames, shape, cfg.camera.keys(), cfg.camera.easing, cfg.loop)
     wide = _wide(cfg, adapter) if adapter else None

@@ -17,6 +17,8 @@ from lorakit.motion.camera import Move
 
 SIDES = (16, 32, 64)
 """Pixels of the longer side at which pictures are compared, one after the other."""
+INNER = 0.88
+"""Of a picture's width and height is looked at: a margin stands still with its sheet, whatever is painted."""
 STEPS = 20
 LEAST_SEEN = 0.2
 """Of the picture must be seen in both."""
@@ -116,9 +118,11 @@ def _turned(x: Tensor, y: Tensor, move: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _look(pictures: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The pictures at places (N, H, W), and whether these lie in them, (N, 1, H, W)."""
+    """The pictures at places (N, H, W), and which of their pixels count: inner ones that show inner ones."""
     height, width = pictures.shape[-2:]
     grid = torch.stack([2 * x / (width - 1), 2 * y / (height - 1)], -1)
-    inside = (grid.abs() <= 1).all(-1)[:, None].double()
+    own_x, own_y = _places(pictures)
+    own = (own_x.abs() <= INNER * width / 2) & (own_y.abs() <= INNER * height / 2)
+    inside = ((grid.abs() <= INNER).all(-1) & own)[:, None].double()
     seen = functional.grid_sample(pictures, grid, padding_mode="border", align_corners=True)
     return seen, inside

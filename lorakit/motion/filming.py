@@ -20,6 +20,7 @@ from lorakit.motion.animate_plan import AnimatePlan
 from lorakit.motion.camera import moments
 from lorakit.motion.carried_noise import film_noise
 from lorakit.sampling.encoding import PromptEncoder
+from lorakit.sampling.prompts import lora_files
 from lorakit.sampling.samplers import make_scheduler, picture_noise
 from lorakit.weights.motion_adapter import MotionInfo
 from lorakit.weights.part_files import BaseError, read_places
@@ -74,7 +75,7 @@ def open_studio(plan: AnimatePlan, base: Base) -> "Studio":
     """What makes the film of a plan, with the LoRAs that are in the base by now."""
     cfg = plan.cfg
     name, _, guidance_scale = cfg.sampler()
-    encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs)
+    encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs, lora_files([cfg]))
     embeds, negative = encoder.encode(cfg.prompts(), cfg.negative_prompt)
     agreement, factor = None, base.info.vae_factor
     if cfg.agreement:
@@ -122,22 +123,24 @@ class Studio:
 
     @torch.no_grad()
     def denoise(
-        self, noise: Tensor, steps: int, state: Path, key: str, step: Callable[[int], None]
+        self,
+        noise: Tensor,
+        steps: int,
+        step: Callable[[int], None] = lambda _: None,
+        kept: tuple[Path, str] | None = None,
     ) -> Tensor:
         """The film's latents.
 
         Args:
-            state: the file with which an interrupted film goes on, where the sampler is ddim; others have a
-                memory and begin anew. `key` says whose it is.
             step: is called with the number of evaluations of each step, and may raise to stop.
+            kept: the file with which an interrupted film goes on, and whose it is; with ddim alone, for
+                other samplers have a memory and begin anew.
         """
         self.scheduler.set_timesteps(steps, device=self.base.device)
         timesteps = self.scheduler.timesteps
-        goes_on = type(self.scheduler).__name__ == "DDIMScheduler"
-        latents, first = (_load(state, key) if goes_on else None) or (
-            noise * self.scheduler.init_noise_sigma,
-            0,
-        )
+        kept = kept if type(self.scheduler).__name__ == "DDIMScheduler" else None
+        state = _load(*kept) if kept else None
+        latents, first = state or (noise * self.scheduler.init_noise_sigma, 0)
         latents, saved = latents.to(self.base.device), time.monotonic()
         for i in range(first, len(timesteps)):
             before = self.evaluations
@@ -149,11 +152,11 @@ class Studio:
             try:
                 step(self.evaluations - before)
             except UserError:  # a signal: nothing is lost
-                if goes_on:
-                    _save(state, key, latents, i + 1)
+                if kept:
+                    _save(*kept, latents, i + 1)
                 raise
-            if goes_on and time.monotonic() - saved > SAVE_SECONDS:
-                _save(state, key, latents, i + 1)
+            if kept and time.monotonic() - saved > SAVE_SECONDS:
+                _save(*kept, latents, i + 1)
                 saved = time.monotonic()
         return latents.cpu()
 

@@ -19,6 +19,7 @@ UNET_TENSORS = 6.0  # of the size of a level's output that are held at once, the
 VAE_TENSORS = 4.0  # of the widest channels at full size
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
 RESNET_TENSORS, TRANSFORMER_TENSORS = 10.0, 25.0
+TWICE, SCORES = 1.4, 3.0  # of a row that is differentiated twice: more of the same, and matrices of scores
 LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS = 6.0, 20.0  # of a large base, whose frozen layers keep less
 
 
@@ -114,24 +115,35 @@ def halves_of(mixed_precision: str) -> tuple[bool, ...]:
     return {"no": (False,), "auto": (False, True)}.get(mixed_precision, (True,))
 
 
-def kept_elements(info: BaseInfo, shape: tuple[int, int]) -> tuple[float, float] | None:
-    """Numbers that the U-Net keeps of one row for backward, and those of its scores of self-attention.
+def backward_bytes(
+    info: BaseInfo,
+    shape: tuple[int, int],
+    rows: int,
+    half: bool = False,
+    *,
+    twice: int = 0,
+    block: int | None = None,
+) -> int | None:
+    """Bytes that the U-Net keeps of one pass for backward: an estimate; None where its config is not here.
 
-    An estimate, by level of the U-Net: (resnets, transformers) x channels x latent pixels, with the number of
-    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md); the
-    scores are heads x latent pixels squared. None where the U-Net's config is not here.
+    Counted per level of the U-Net as (resnets, transformers) x channels x latent pixels, with the number of
+    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md). Rows
+    that are differentiated twice keep the scores of self-attention too, heads x latent pixels squared.
 
     Args:
         shape: (width, height) in pixels.
+        twice: of the rows, those that are differentiated twice.
+        block: up block at which the pass ends; None: it is whole.
     """
     unet = info.configs.get("unet")
     if not unet:
         return None
     pixels = math.prod(shape) // info.vae_factor**2
     channels, layers = unet["block_out_channels"], unet["layers_per_block"]
+    levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
+    lowest = 0 if block is None else len(channels) - 1 - block % len(channels)  # level that is reached again
     heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
     heads = [heads] * len(channels) if isinstance(heads, int) else heads
-    levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
     elements = scores = 0.0
     of_resnet, of_transformer = RESNET_TENSORS, TRANSFORMER_TENSORS
     if info.is_large:
@@ -139,8 +151,10 @@ def kept_elements(info: BaseInfo, shape: tuple[int, int]) -> tuple[float, float]
     for level, (count, down, up) in enumerate(levels):
         here = count * pixels / 4**level
         last = level == len(channels) - 1  # the middle block counts with it
-        resnets = layers + (layers + 1) + 2 * last
-        transformers = ("Cross" in down) * layers + ("Cross" in up) * (layers + 1) + last
+        back = (layers + 1) * (level >= lowest)
+        resnets = layers + back + 2 * last
+        transformers = ("Cross" in down) * layers + ("Cross" in up) * back + last
         elements += here * (of_resnet * resnets + of_transformer * transformers)
         scores += transformers * heads[level] * (pixels / 4**level) ** 2
-    return elements, scores
+    total = elements * rows + twice * (TWICE * elements + SCORES * scores)
+    return int(total * (2 if half else 4))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.ground.publish import existing_parent
-from lorakit.sampling.forecast import LIBRARIES, halves_of, kept_elements
+from lorakit.sampling.forecast import LIBRARIES, backward_bytes, halves_of
 from lorakit.sampling.prompts import text_notes
 from lorakit.training.class_pictures import shows_class
 from lorakit.training.objective_config import kinds_of, prompts_of
@@ -22,9 +22,6 @@ from lorakit.weights.base_settings import base_line, text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
 from lorakit.weights.tokens import overlong, unread_notes
-
-TWICE, SCORES = 1.4, 3.0
-"""Of a row that is differentiated twice: more of what is kept, and matrices of scores."""
 
 
 def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
@@ -57,21 +54,14 @@ def checkpoint_bytes(cfg: Any, base: BaseInfo) -> int:
 
 
 def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
-    """Bytes that the U-Net keeps for backward, per micro-batch of one process: an estimate.
-
-    Rows that are differentiated twice keep the scores of self-attention too.
-    """
-    found = kept_elements(plan.base, max(plan.shapes, key=math.prod))
-    if found is None:
-        return None
-    elements, scores = found
-    scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
+    """Bytes that the U-Net keeps for backward, per micro-batch of one process: an estimate."""
     rows = cfg.train_batch_size + (math.ceil(cfg.train_batch_size / cfg.prior.every) if cfg.prior else 0)
-    total = elements * rows
+    twice = 0
     if any(kind.double_backward for kind in kinds_of(cfg)):
         twice = math.ceil(cfg.train_batch_size / smooth_settings(cfg).every)
-        total += twice * (TWICE * elements + SCORES * scores)
-    return int(total * (2 if half else 4) * scale)
+    kept = backward_bytes(plan.base, max(plan.shapes, key=math.prod), rows, half, twice=twice)
+    scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
+    return None if kept is None else int(kept * scale)
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:

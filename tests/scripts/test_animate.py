@@ -169,7 +169,7 @@ def test_an_adapter_of_zeros_makes_the_film_of_none(run, tmp_path):
     assert differ(none, zeros) <= ONE_LEVEL
 
 
-def test_the_adapter_is_what_diffusers_makes_of_it(run, adapters, tiny_base, tmp_path):
+def test_the_adapter_is_what_diffusers_makes_of_it(adapters, tiny_base):
     """The same latents through diffusers' own pipeline."""
     from diffusers import AnimateDiffPipeline, MotionAdapter
 
@@ -183,7 +183,7 @@ def test_the_adapter_is_what_diffusers_makes_of_it(run, adapters, tiny_base, tmp
     ours, theirs = Base(inspect_base(str(tiny_base))), Base(inspect_base(str(tiny_base)))
     noise = filming.scene_noise(plan, ours)
     filming.inflate(ours, plan.adapter)
-    latents = filming.open_studio(plan, ours).denoise(noise, 3, tmp_path / "state", "key", lambda _: None)
+    latents = filming.open_studio(plan, ours).denoise(noise, 3)
     pipe = AnimateDiffPipeline(
         vae=theirs.vae,
         text_encoder=theirs.text_encoder,
@@ -413,3 +413,14 @@ def test_presets_are_valid_and_the_schema_is_that_of_the_keys():
     assert stored == schema(AnimateConfig), "run: animate.py --schema > cfg/animate/schema.json"
     assert load_config(AnimateConfig, ROOT / "cfg/animate/film.json").config.frames == 16
     assert load_config(AnimateConfig, ROOT / "cfg/sd15/animate.json").config.beta_schedule == "linear"
+
+
+def test_a1111_s_marks_name_loras_and_weights(run, fitted, tmp_path):
+    """With one prompt; among several they could not be everyone's."""
+    keys = dict(prompt_syntax="a1111", model_dirs=[str(fitted[0].parent)], **ALONE)
+    named = run(prompt=f"{PROMPT} <lora:{fitted[0].stem}:0.7>", **keys)
+    given = run(name="given", prompt=PROMPT, loras=[{"path": str(fitted[0]), "weight": 0.7}], **keys)
+    plain = run(name="plain", prompt=PROMPT, **keys)
+    assert differ(named, given) == 0 < differ(named, plain)
+    with pytest.raises(UserError, match="prompt"):
+        run(name="several", prompt=[f"a <lora:{fitted[0].stem}:1>", "b"], **keys)
