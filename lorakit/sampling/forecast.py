@@ -46,7 +46,7 @@ def describe_sampling(
     lines.append(
         f"work        {evaluations:,} rows through the U-Net, {evaluations / pictures:,.0f} a picture"
     )
-    return [*lines, f"time        {_time(configs[0], pictures)}"]
+    return [*lines, f"time        {time_words(configs[0], pictures)}"]
 
 
 def model_lines(info: BaseInfo, loras: Iterable[str], more: Shapes | None = None) -> list[str]:
@@ -59,7 +59,7 @@ def model_lines(info: BaseInfo, loras: Iterable[str], more: Shapes | None = None
     return lines + [f"LoRA        {path}: {fit_of(path, info, more)}" for path in dict.fromkeys(loras)]
 
 
-def _time(cfg: SamplingConfig, pictures: int) -> str:
+def time_words(cfg: SamplingConfig, pictures: int) -> str:
     """By the run whose place this one takes; a machine's speed stands in no file."""
     folder = Path(cfg.output_dir) / cfg.name
     try:
