@@ -56,7 +56,7 @@ class Clips:
         """
         turn = index // len(self.table.styles)  # each style meets each move
         name = list(MOVES)[turn % len(MOVES)]
-        for attempt in range(200):
+        for attempt in range(2000):
             rng = np.random.default_rng(derive_seed(self.table.seed, "clip", index, attempt))
             key, (low, high) = MOVES[name]
             keys = {"pan": [0.0, 0.0], "tilt": [0.0], "zoom": [1.0], "roll": [0.0]}
@@ -84,14 +84,16 @@ class Clips:
         return np.rint(255 * frames.transpose(0, 2, 3, 1)).astype(np.uint8)
 
     def folder(self, cache: Path, vae_digest: str) -> Path:
-        """Where its latents lie; another renderer or autoencoder makes it another folder."""
-        what = f"{self.table.folder(cache).name} {self.frames} {MOVES} {vae_digest}"
+        """Where its latents lie; another renderer, camera or autoencoder makes it another folder."""
+        cameras = list(map(self.camera, range(len(MOVES) * len(self.table.styles))))
+        what = f"{self.table.folder(cache).name} {self.frames} {cameras} {vae_digest}"
         return cache / f"clips-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
 
 def _inside(pose: Pose, place: tuple[float, float, float], size: int) -> bool:
     """Whether the camera sees the painting's inner part alone."""
-    half = math.sqrt(0.5) / pose.scale if pose.angle else 0.5 / pose.scale
+    cos, sin = abs(math.cos(pose.angle)), abs(math.sin(pose.angle))
+    half = 0.5 * (cos + sin) / pose.scale  # of the upright square around what it sees
     for centre, way in ((place[0], pose.x), (place[1], pose.y)):
         at = centre + way / size * place[2]
         if not EDGE <= at - half * place[2] <= at + half * place[2] <= 1 - EDGE:

@@ -89,11 +89,12 @@ class DragDesk(Desk):
         return move(self._pixels, self.plan.ways, self.plan.radius(cell), inside)
 
     def look_for(self, cell: DragConfig, image: Image.Image, tracked: Sequence[Point]) -> list[Found]:
-        """Where the picture shows what was about each handle."""
+        """Where the picture shows what was about each handle, or what the moved pixels have at its target."""
         after, radius = _pixels_of(image), max(SMALLEST, round(self.plan.radius(cell)))
-        found = []
-        for (handle, _), place in zip(self.plan.ways, tracked, strict=True):
-            seen, likeness = find_again(after, self._pixels, handle, radius, self.plan.inside)
+        moved = cell.method == "warp"
+        before, found = self.moved_pixels(cell) if moved else self._pixels, []
+        for (handle, target), place in zip(self.plan.ways, tracked, strict=True):
+            seen, likeness = find_again(after, before, target if moved else handle, radius, self.plan.inside)
             found.append(Found(place, seen, likeness))
         return found
 

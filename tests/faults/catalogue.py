@@ -46,6 +46,7 @@ ROWS = (
         "0 after the same command",
         (
             f"{TRAIN}kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run",
+            "test_every_objective.py::test_kill_9_at_ten_random_moments_and_resume_equals_a_straight_run",
             f"{MORPH}kill_9_at_random_moments_and_the_same_command_gives_the_same_bytes",
             f"{MORPH}kill_9_before_every_kind_of_rename_leaves_nothing_half_done",
             f"{IMAGIC}kill_9_before_every_kind_of_rename_and_the_same_command_gives_the_same_bytes",

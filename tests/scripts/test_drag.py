@@ -167,17 +167,6 @@ def test_the_same_command_gives_the_same_bytes_and_takes_the_path_from_the_cache
     assert report_in(again)["evaluations"] == report_in(folder)["evaluations"] - 4
 
 
-def test_picture_and_tracker_that_do_not_agree_are_said(run, mask, capsys, monkeypatch):
-    run(mask=mask)
-    agree = capsys.readouterr().out
-    monkeypatch.setattr("lorakit.editing.drag_report.DIFFER", -1.0)
-    folder = run(mask=mask, name="other")
-    assert (
-        "trust the picture" in capsys.readouterr().out and tracks_in(folder)[0]["ways"][0]["agree"] is False
-    )
-    assert ("trust the picture" in agree) != tracks_in(folder.parent / "run")[0]["ways"][0]["agree"]
-
-
 def test_a_narrow_sd15_is_dragged_too_with_the_same_feature_block(run, tmp_path):
     base = narrow.write_base(tmp_path, "modern")
     keys = {"pretrained_model_name_or_path": str(base), "width": 64, "height": 64, "num_inference_steps": 2}
