@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --quiet --disable-pip-version-check
 TESTS := $(PY) -m pytest -n auto --dist worksteal
 HELP := COLUMNS=100 PYTHON_COLORS=0 $(PY)
-SCRIPTS := train_lora generate style_transfer edit drag morph invert mix_lora
+SCRIPTS := train_lora generate style_transfer edit drag animate morph invert mix_lora
 VERBS := inspect mix scale resize convert merge extract diff retrain
 
 .PHONY: demo test quick times soak check bench figures gpu texts schema help-texts miniature clean
@@ -51,6 +51,7 @@ schema: .venv/run          ## write the schemas with which editors complete the 
 	$(PY) style_transfer.py --schema > cfg/style_transfer/schema.json
 	$(PY) edit.py --schema > cfg/edit/schema.json
 	$(PY) drag.py --schema > cfg/drag/schema.json
+	$(PY) animate.py --schema > cfg/animate/schema.json
 
 help-texts: .venv/run      ## write what --help prints into docs/help
 	for name in $(SCRIPTS); do $(HELP) $$name.py --help > docs/help/$$name.txt || exit 1; done

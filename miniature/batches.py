@@ -1,4 +1,4 @@
-"""Batches for text-to-image and ControlNet as a function of the step."""
+"""Batches for text-to-image, ControlNet and motion module as a function of the step."""
 
 from typing import Any
 
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from lorakit.diffusion.schedule import NoiseSchedule
-from lorakit.ground.randomness import derive_seed, generator
+from lorakit.ground.randomness import derive_seed, generator, normal
+from lorakit.motion.carried_noise import film_noise
 from lorakit.pictures.edges import canny, hint_picture
 from miniature.autoencoder import to_tensor
+from miniature.clips import Clips
 from miniature.diffusion import SCHEDULER
 from miniature.photographs import photograph_crop, pyramids
 from miniature.pictures import picture
@@ -92,3 +94,42 @@ def drawn_edges(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Edges of a picture (H, W, 3) in [0, 1], with blur and thresholds drawn, (H, W)."""
     high = 0.045 * np.exp(rng.uniform(-1.0, 0.8))
     return canny(image, rng.uniform(0.6, 2.0), high * rng.uniform(0.3, 0.6), high)
+
+
+class ClipSamples:
+    """Clips with captions, timesteps, and noise that lies in their scene or is each frame's own.
+
+    Args:
+        parts: latents (n, F, C, h, w) float16 of clips.cached_clips.
+        cfg: has seed, caption_dropout and carried.
+    """
+
+    def __init__(self, parts: list[Tensor], clips: Clips, tokenizer: Any, cfg: Any):
+        from diffusers import DDIMScheduler
+
+        self.latents, self.clips, self.cfg = torch.cat(parts), clips, cfg
+        captions = [scene.caption(style) for scene, style in map(clips.table.row, range(clips.table.count))]
+        self.ids, self.empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
+        self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler(**SCHEDULER))
+
+    def batch(self, step: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x_0 (B, F, C, h, w), token ids (B, L), timesteps (B,) on the CPU, eps like x_0."""
+        rng = np.random.default_rng(derive_seed(self.cfg.seed, "clips", step))
+        rows = rng.integers(len(self.latents), size=size)
+        dropped = torch.from_numpy(rng.uniform(size=size) < self.cfg.caption_dropout)
+        x_0 = self.latents[rows].float()
+        ids = torch.where(dropped[:, None], self.empty, self.ids[rows])
+        source = generator(self.cfg.seed, "clip noise", step)
+        timesteps = torch.randint(self.schedule.num_timesteps, (size,), generator=source)
+        noise = [self._noise(x_0[i], int(row), step, i, rng) for i, row in enumerate(rows)]
+        return x_0.to(device), ids.to(device), timesteps, torch.stack(noise).to(device)
+
+    def _noise(self, x_0: Tensor, row: int, step: int, i: int, rng: np.random.Generator) -> Tensor:
+        """(F, C, h, w)."""
+        is_carried, share = rng.uniform() < self.cfg.carried, rng.uniform(0.5, 1)
+        own = normal(tuple(x_0.shape), self.cfg.seed, "clip noise", step, i)
+        if not is_carried:
+            return own
+        factor = self.clips.table.size // x_0.shape[-1]
+        seed = derive_seed(self.cfg.seed, "clip scene", step, i)
+        return film_noise(own[0], seed, self.clips.camera(row)[1], factor, share)

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_lora", "morph", "invert", "mix_lora", "generate", "style_transfer", "edit", "drag")
+SCRIPTS = (
+    "train_lora", "morph", "invert", "mix_lora", "generate", "style_transfer", "edit", "drag", "animate",
+)  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "datasets"}
 
 

@@ -150,6 +150,48 @@ def write_controlnet(folder: Path, unet: Any) -> dict[str, Path]:
     }
 
 
+def write_motion_adapter(folder: Path, unet: Any, **config: Any) -> dict[str, Path]:
+    """A motion adapter for `unet`, random in all its weights, as a folder and in AnimateDiff's own names."""
+    import torch
+    from diffusers import MotionAdapter
+    from safetensors.torch import save_file
+
+    own = unet.config
+    settings = dict(
+        block_out_channels=own["block_out_channels"],
+        motion_layers_per_block=own["layers_per_block"],
+        motion_norm_num_groups=own["norm_num_groups"],
+        motion_num_attention_heads=8,
+        motion_max_seq_length=8,
+        use_motion_mid_block=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        model = MotionAdapter(**(settings | config))
+        for name, parameter in model.named_parameters():
+            if "proj_out" in name:  # zero, as published ones begin
+                parameter.data = 0.2 * torch.randn(parameter.shape)
+    model.save_pretrained(folder / "folder")
+    state = {
+        original_motion(name): value.contiguous()
+        for name, value in model.state_dict().items()
+        if "pos_embed" not in name
+    }
+    positions = model.config["motion_max_seq_length"]
+    tables = {name.rpartition(".to_q")[0] for name in state if name.endswith(".to_q.weight")}
+    state |= {f"{name}.pos_encoder.pe": torch.zeros(1, positions, 8) for name in tables}
+    save_file(state, folder / "original.safetensors")
+    return {"folder": folder / "folder", "original": folder / "original.safetensors"}
+
+
+def original_motion(name: str) -> str:
+    """AnimateDiff's name of a tensor of a motion adapter."""
+    name = re.sub(r"(motion_modules\.\d+)\.", r"\1.temporal_transformer.", name)
+    name = re.sub(r"\.attn(\d)\.", lambda m: f".attention_blocks.{int(m[1]) - 1}.", name)
+    name = re.sub(r"\.norm([12])\.", lambda m: f".norms.{int(m[1]) - 1}.", name)
+    return name.replace(".norm3.", ".ff_norm.")
+
+
 def write_header(path: Path, shapes: dict[str, list[int]], metadata: dict[str, str] | None = None) -> Path:
     """A safetensors file of names and shapes alone, which is all that is read of it."""
     entries = {

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks import figures  # noqa: E402
-from benchmarks.figure_parts import PARTS, Command, Part, table  # noqa: E402
+from benchmarks.figure_parts import Command, Part, table  # noqa: E402
 
 KEPT = sorted(figures.KEPT.glob("*.json"))
 
@@ -37,7 +37,7 @@ def test_a_changed_digit_is_seen_in_every_region():
 def test_figures_are_of_the_base_that_ships_and_of_today_s_commands(path):
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["base"] == figures.base_name(), "make figures makes them anew"
-    part = PARTS[path.stem]
+    part = figures.PARTS[path.stem]
     assert [command.removeprefix("python ") for command in record["commands"]] == [
         figures.shlex.join(command.words) for command in part.commands
     ]
@@ -50,7 +50,7 @@ def test_every_region_and_every_part_is_shown():
         for page in figures.PAGES
         for region in figures.REGION.finditer(page.read_text(encoding="utf-8"))
     }
-    assert shown == {(name, what) for name, part in PARTS.items() for what in part.shown}
+    assert shown == {(name, what) for name, part in figures.PARTS.items() for what in part.shown}
 
 
 def test_an_unknown_region_is_an_error():

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "training": {"ground", "weights", "pictures", "diffusion", "sampling"},
     "editing": {"ground", "weights", "pictures", "diffusion", "sampling"},
     "film": {"ground", "weights", "pictures", "diffusion", "sampling"},
+    "motion": {"ground", "weights", "pictures", "diffusion", "sampling", "film"},
 }
 # A library module where users import it from; its main program is the script invert.py.
 LIBRARY = {"inversion_pipeline"}
@@ -35,6 +36,7 @@ NO_TORCH = [
     "style_transfer",
     "edit",
     "drag",
+    "animate",
     "lorakit.ground.process",
     "lorakit.ground.runs",
     "lorakit.pictures.edges",
@@ -58,12 +60,15 @@ NO_TORCH = [
     "lorakit.diffusion.inversion_plan",
     "lorakit.weights.tokens",
     "lorakit.editing.edit_plan",
+    "lorakit.editing.imagic_fitting",
     "lorakit.editing.drag_plan",
     "lorakit.editing.drag_report",
     "lorakit.editing.point_page",
     "lorakit.film.fitting",
     "lorakit.film.morph_folder",
     "lorakit.film.morph_plan",
+    "lorakit.motion.animate_plan",
+    "lorakit.motion.windows",
 ]
 
 

@@ -19,6 +19,7 @@ from lorakit.diffusion.targets import resolve_targets
 from lorakit.diffusion.text import dropped
 from lorakit.ground.errors import UserError
 from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, kohya_name, refuse_vectors
+from lorakit.weights.lora_fit import motion_remedy
 from lorakit.weights.lora_foreign import some
 from lorakit.weights.lora_import import read_any
 from lorakit.weights.lora_metadata import Component
@@ -218,7 +219,7 @@ def _match(model: Any, component: Component, modules: dict[str, LoraPair], label
         made_for = f"; it is made for {base}" if base else ""
         raise UserError(
             f"{label}: {len(unmatched)} of {len(modules)} modules have no place in this {component}, such as "
-            f"{some(unmatched, 3)}{made_for}"
+            f"{some(unmatched, 3)}{made_for}{motion_remedy(unmatched)}"
         )
     if len({pair.magnitude is None for pair in modules.values()}) == 2:
         raise UserError(f"{label}: has DoRA in a part of its modules only, which cannot be loaded")

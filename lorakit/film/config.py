@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorakit.ground.config import Config
+from lorakit.sampling.config import PromptSyntax
 from lorakit.weights.base_settings import BaseConfig, ClipSkip, PredictionType
 
 
@@ -41,12 +42,15 @@ class MorphConfig(Config):
     frames: int = Field(16, ge=2, le=10_000, description="frames from one picture to the next, both included")
     width: int | None = Field(None, ge=16, description="pixels; null: the base's own resolution, as in training of one picture")
     height: int | None = Field(None, ge=16, description="pixels; null: the base's own resolution")
+    prompt_syntax: PromptSyntax = "plain"
+    embedding_dirs: tuple[str, ...] = Field((), description="folders of words learnt by textual inversion, which stand in prompts; needs prompt_syntax a1111")
     negative_prompt: str = Field("", description="of no effect at guidance 1")
     anchor_prompt: str | None = Field(None, description="what the middle shows: prompts bend towards it and leave the ends alone; null: straight from prompt to prompt")
     train_if_missing: bool = Field(False, description="fit the LoRAs that do not exist yet, by train_lora.py with fit_config")
     fit_config: str = Field("cfg/morph/fit.json", description="training config for it")
 
-    num_inference_steps: int = Field(50, ge=2, le=999, description="DDIM steps, of inversion and sampling alike")
+    solver: Literal["ddim", "ab2"] = Field("ddim", description="of sampling; ab2: two-step Adams-Bashforth, whose 20 steps are nearly 50 of ddim")
+    num_inference_steps: int = Field(50, ge=2, le=999, description="steps, of inversion and sampling alike")
     guidance_scale: float = Field(1.0, ge=1, description="classifier-free guidance of sampling; above 1 doubles the work")
     inversion_method: Literal["ddim", "fixed_point"] = Field("ddim", description="fixed_point finds noise from which sampling comes back by itself, at several times the evaluations")
     fixed_point_iterations: int = Field(3, ge=1, le=20, description="of fixed_point, at most, in each step")
@@ -83,5 +87,17 @@ class MorphConfig(Config):
             raise ValueError(f'name "{self.name}": names a folder that is in use; choose another')
         if self.compare and not any(picture.lora for picture in self.images):
             raise ValueError("compare, images: no picture has a LoRA, so there is nothing to compare")
+        if self.embedding_dirs and self.prompt_syntax == "plain":
+            raise ValueError('embedding_dirs, prompt_syntax: learnt words are read with prompt_syntax "a1111"')
+        if self.inversion_method == "fixed_point" and self.solver != "ddim":
+            raise ValueError('inversion_method, solver: fixed_point seeks the noise from which ddim comes back, and does not go with ab2')
         return self
 # fmt: on
+
+    def texts(self) -> list[str]:
+        """Every prompt."""
+        return [*(picture.prompt for picture in self.images), self.negative_prompt, self.anchor_prompt or ""]
+
+    def loras(self) -> list[str]:
+        """Their files, each once."""
+        return list(dict.fromkeys(picture.lora for picture in self.images if picture.lora))

@@ -14,8 +14,9 @@ from lorakit.diffusion.models import Base
 from lorakit.diffusion.paths import Inverting, invert_cached
 from lorakit.diffusion.row_weights import row_weights, weight_table
 from lorakit.film.config import MorphConfig
-from lorakit.film.morph_plan import MorphPlan
+from lorakit.film.morph_plan import MorphPlan, words_of
 from lorakit.film.morphing import Ends
+from lorakit.sampling.encoding import PromptEncoder
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.identity import file_sha256, lora_sha256
 
@@ -35,31 +36,41 @@ def load_adapters(base: Base, loras: Sequence[str], notes: list[str] | None = No
     return names
 
 
-@torch.no_grad()
-def encode_text(base: Base, text: str, adapters: Sequence[str], weights: Tensor) -> Tensor:
-    """Prompt embeddings (1, L, D), float32, of the text encoder under `weights` (1, A) of the adapters."""
-    with row_weights(base.text_encoder, adapters, weights.T):
-        return base.text_encoder(base.tokenize([text]))[0].float()
+class Texts:
+    """Prompts of a morph as the text encoder reads them, all in as many chunks as the longest.
+
+    Args:
+        adapters: LoRA file -> its adapter.
+    """
+
+    def __init__(self, cfg: MorphConfig, base: Base, adapters: dict[str, str]):
+        self.base, self.names, self.beside = base, list(adapters.values()), cfg.texts()
+        self.encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs, cfg.loras())
+
+    def encode(self, text: str, weights: Tensor) -> Tensor:
+        """(1, C * L, D), float32, under `weights` (1, A) of the adapters."""
+        with row_weights(self.base.text_encoder, self.names, weights.T):
+            return self.encoder.encode_alone(text, self.beside).float()
 
 
 def conditions(cfg: MorphConfig, base: Base, adapters: dict[str, str], loras: bool = True) -> Rows:
     """What each picture lies under: its own prompt and its own LoRA, in both of the base's networks."""
-    names, rows = list(adapters.values()), []
+    texts, rows = Texts(cfg, base, adapters), []
     for picture in cfg.images:
         used = {adapters[picture.lora]: picture.lora_weight} if picture.lora and loras else {}
-        weights = weight_table(names, [used]).T.to(base.device)
-        prompt = encode_text(base, picture.prompt, names, weights)
-        negative = encode_text(base, cfg.negative_prompt, names, weights)
+        weights = weight_table(texts.names, [used]).T.to(base.device)
+        prompt = texts.encode(picture.prompt, weights)
+        negative = texts.encode(cfg.negative_prompt, weights)
         rows.append(Rows(prompt, negative, weights))
     return join_rows(rows)
 
 
 def control_embeds(cfg: MorphConfig, base: Base, adapters: dict[str, str]) -> Tensor | None:
-    """The anchor prompt's embeddings (L, D), without any LoRA."""
+    """The anchor prompt's embeddings (C * L, D), without any LoRA."""
     if cfg.anchor_prompt is None:
         return None
     none = torch.zeros(1, len(adapters), device=base.device)
-    return encode_text(base, cfg.anchor_prompt, list(adapters.values()), none)[0]
+    return Texts(cfg, base, adapters).encode(cfg.anchor_prompt, none)[0]
 
 
 def prepare_ends(
@@ -81,10 +92,11 @@ def path_names(
 ) -> list[Path]:
     """The cache entry of each picture's path."""
     names, how = [], _inverting(cfg)
+    marks = [] if cfg.prompt_syntax == "plain" else [cfg.prompt_syntax, words_of(cfg)]
     for picture in cfg.images:
         lora = (lora_sha256(picture.lora), picture.lora_weight) if picture.lora and loras else None
         own = file_sha256(picture.path), picture.prompt, lora
-        names.append(how.entry(folder, info, plan.shape, dtype, *own))
+        names.append(how.entry(folder, info, plan.shape, dtype, *own, *marks))
     return names
 
 

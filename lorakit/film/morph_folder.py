@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from lorakit.film.config import MorphConfig
+from lorakit.ground.config import Config
 from lorakit.ground.errors import UserError
 from lorakit.ground.publish import publish_file, remove
 from lorakit.pictures.animation import FORMATS
@@ -20,26 +21,31 @@ OWN_FILES = (
 )
 
 
-def claim(cfg: MorphConfig, folder: Path, key: str) -> None:
+def claim(cfg: Config, folder: Path, key: str, kind: str = "morph", own: Sequence[str] = OWN_FILES) -> None:
     """Go on with the morph in `folder` if it is the same, or refuse; overwrite=true clears the way.
+
+    Args:
+        cfg: has `overwrite`.
+        kind: what is in the folder; its record has that name.
+        own: the files that make way for another of its kind.
 
     Raises:
         UserError: another morph is in the folder, or the run of another script.
     """
-    record = folder / "morph.json"
+    record = folder / f"{kind}.json"
     if not record.exists() and (folder / "config.json").exists():
-        raise UserError(f"{folder} holds what is no morph (a config.json): choose another name")
+        raise UserError(f"{folder} holds what is no {kind} (a config.json): choose another name")
     try:
         held = json.loads(record.read_text(encoding="utf-8")).get("fingerprint")
     except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         held = None
     if held != key:
-        if (record.exists() or (folder / "frames").exists()) and not cfg.overwrite:
+        if (record.exists() or (folder / "frames").exists()) and not getattr(cfg, "overwrite", False):
             raise UserError(
-                f"{folder} holds another morph (other pictures, LoRAs or settings): replace it with "
+                f"{folder} holds another {kind} (other pictures, LoRAs or settings): replace it with "
                 "overwrite=true, or choose another name"
             )
-        for name in OWN_FILES:
+        for name in own:
             remove(folder / name)
     for path in folder.rglob(".*.tmp"):  # of a picture that a killed process was writing
         if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):

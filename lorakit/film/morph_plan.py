@@ -13,11 +13,12 @@ from lorakit.ground.publish import existing_parent
 from lorakit.pictures.animation import missing_writers
 from lorakit.pictures.images import image_size
 from lorakit.sampling.fitting import missing_loras
+from lorakit.sampling.prompts import text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip, clip_skip_notes
 from lorakit.weights.few_steps import refuse_few_steps
 from lorakit.weights.identity import base_identity, file_sha256, lora_sha256
-from lorakit.weights.tokens import unread_notes
+from lorakit.weights.learnt_words import word_hashes
 
 Shape = tuple[int, int]
 VERSION = 2  # of what frames are a function of; counts up when the same config gives other frames
@@ -64,12 +65,13 @@ def make_morph_plan(cfg: MorphConfig, base: BaseInfo | None = None) -> MorphPlan
     for key, side in zip(("width", "height"), shape, strict=True):
         if side % base.vae_factor:
             raise UserError(f"{key} {side}: must divide by the base's VAE factor, {base.vae_factor}")
-    texts = [*(picture.prompt for picture in cfg.images), cfg.negative_prompt, cfg.anchor_prompt or ""]
-    notes = [*base.notes, *_picture_notes(cfg, shape), *unread_notes(base, texts)]
-    loras = tuple(dict.fromkeys(picture.lora for picture in cfg.images if picture.lora))
+    notes = [*base.notes, *_picture_notes(cfg, shape)]
+    loras = tuple(cfg.loras())
     missing = missing_loras(loras, cfg.train_if_missing, cfg.fit_config)
     for path in (present := [path for path in loras if path not in missing]):
         refuse_few_steps(path)
+    texts = [(text, "prompt") for text in cfg.texts()]
+    notes += text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base, present)
     notes += clip_skip_notes(cfg.clip_skip, present)
     for name, reason in missing_writers(cfg.formats).items():
         raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
@@ -225,6 +227,13 @@ def describe_morph(cfg: MorphConfig, plan: MorphPlan) -> str:
 # ---- identity ----
 
 
+def words_of(cfg: MorphConfig) -> dict[str, str]:
+    """Learnt words in the prompts, by name, and the hashes of their files."""
+    if cfg.prompt_syntax == "plain":
+        return {}
+    return word_hashes(cfg.texts(), cfg.embedding_dirs, cfg.loras())
+
+
 def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = True) -> str:
     """A hash of all that the frames are a function of: settings and the content of every file."""
     settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in PRESENTATION}
@@ -238,5 +247,7 @@ def fingerprint(cfg: MorphConfig, plan: MorphPlan, dtype: str, loras: bool = Tru
         for picture in cfg.images
     ]
     settings |= {"shape": plan.shape, "base": base_identity(plan.base), "dtype": dtype, "version": VERSION}
-    del settings["pretrained_model_name_or_path"], settings["base_config"]
+    settings["words"] = words_of(cfg)
+    for key in ("pretrained_model_name_or_path", "base_config", "embedding_dirs"):
+        del settings[key]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -84,7 +84,7 @@ class SamplingConfig(Config):
     clip_skip: ClipSkip = None
     loras: tuple[LoraEntry, ...] = Field((), description="LoRAs, whose updates add up")
     model_dirs: tuple[str, ...] = Field(("ckpt",), description="folders, and what is below them, with the LoRAs that prompts name as <lora:NAME:WEIGHT>; --from looks there for LoRAs, bases and ControlNets too")
-    embedding_dirs: tuple[str, ...] = Field((), description="folders of words learnt by textual inversion (.safetensors of diffusers, A1111 or kohya), which stand in prompts by the file's name or by their own; needs prompt_syntax a1111")
+    embedding_dirs: tuple[str, ...] = Field((), description="folders of words learnt by textual inversion (.safetensors of diffusers, A1111 or kohya), which stand in prompts by the file's name or by their own, as words beside a LoRA do; needs prompt_syntax a1111")
 
     width: int | None = Field(None, ge=8, description="pixels; null: the base's own resolution, near the aspect of a picture that is restyled")
     height: int | None = Field(None, ge=8, description="pixels; give both or neither")

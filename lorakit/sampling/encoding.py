@@ -25,14 +25,18 @@ class PromptEncoder:
     Args:
         syntax: "plain" or "a1111".
         embedding_dirs: folders of learnt words.
+        loras: files that may have words beside the LoRA.
 
     Raises:
         UserError: as MarkReader.
     """
 
-    def __init__(self, base: Base, syntax: str, embedding_dirs: Sequence[str] = ()):
+    def __init__(
+        self, base: Base, syntax: str, embedding_dirs: Sequence[str] = (), loras: Sequence[str] = ()
+    ):
         self.base = base
-        self.reader = None if syntax == "plain" else MarkReader(base.info, embedding_dirs, base.tokenizer)
+        words = embedding_dirs, loras
+        self.reader = None if syntax == "plain" else MarkReader(base.info, *words, tokenizer=base.tokenizer)
         self.vectors: dict[LearntWord, Tensor] = {}
 
     def count(self, prompt: str, negative: str) -> int:
@@ -58,6 +62,19 @@ class PromptEncoder:
             rows = [[*row, *[Chunk()] * (most - len(row))] for row in rows]
             embeds = torch.cat([self._encode([row[i] for row in rows]) for i in range(most)], dim=1)
         return embeds[:-1], embeds[-1:]
+
+    @torch.no_grad()
+    def encode_alone(self, text: str, beside: Sequence[str]) -> Tensor:
+        """(1, C * L, D) of one text without LoRA marks, in as many chunks as the longest of `beside` takes.
+
+        Raises:
+            UserError: as MarkReader.chunks.
+        """
+        if self.reader is None:
+            return encode_prompts(self.base, [text])
+        own, *others = (self.reader.chunks(each, no_loras="prompt") for each in (text, *beside))
+        own = [*own, *[Chunk()] * (max(map(len, (own, *others))) - len(own))]
+        return torch.cat([self._encode([chunk]) for chunk in own], dim=1)
 
     def _rows(self, prompts: Sequence[str], negative: str) -> list[list[Chunk]]:
         if self.reader is None:

@@ -11,6 +11,7 @@ from lorakit.sampling.config import SamplingConfig
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import base_line
 from lorakit.weights.lora_fit import fit_of
+from lorakit.weights.tensors import Shapes
 from lorakit.weights.tokens import read_tokenizer
 
 LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
@@ -18,6 +19,7 @@ UNET_TENSORS = 6.0  # of the size of a level's output that are held at once, the
 VAE_TENSORS = 4.0  # of the widest channels at full size
 # Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
 RESNET_TENSORS, TRANSFORMER_TENSORS = 10.0, 25.0
+TWICE, SCORES = 1.4, 3.0  # of a row that is differentiated twice: more of the same, and matrices of scores
 LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS = 6.0, 20.0  # of a large base, whose frozen layers keep less
 
 
@@ -44,16 +46,20 @@ def describe_sampling(
     lines.append(
         f"work        {evaluations:,} rows through the U-Net, {evaluations / pictures:,.0f} a picture"
     )
-    return [*lines, f"time        {_time(configs[0], pictures)}"]
+    return [*lines, f"time        {time_words(configs[0], pictures)}"]
 
 
-def model_lines(info: BaseInfo, loras: Iterable[str]) -> list[str]:
-    """The base, and each LoRA file once. Raises UserError for a LoRA that does not fit."""
+def model_lines(info: BaseInfo, loras: Iterable[str], more: Shapes | None = None) -> list[str]:
+    """The base, and each LoRA file once. Raises UserError for a LoRA that does not fit.
+
+    Args:
+        more: as of `fit_of`.
+    """
     lines = [f"base        {info.name} ({info.kind}), {base_line(info)}"]
-    return lines + [f"LoRA        {path}: {fit_of(path, info)}" for path in dict.fromkeys(loras)]
+    return lines + [f"LoRA        {path}: {fit_of(path, info, more)}" for path in dict.fromkeys(loras)]
 
 
-def _time(cfg: SamplingConfig, pictures: int) -> str:
+def time_words(cfg: SamplingConfig, pictures: int) -> str:
     """By the run whose place this one takes; a machine's speed stands in no file."""
     folder = Path(cfg.output_dir) / cfg.name
     try:
@@ -110,15 +116,23 @@ def halves_of(mixed_precision: str) -> tuple[bool, ...]:
 
 
 def backward_bytes(
-    info: BaseInfo, shape: tuple[int, int], rows: int, half: bool = False, block: int | None = None
+    info: BaseInfo,
+    shape: tuple[int, int],
+    rows: int,
+    half: bool = False,
+    *,
+    twice: int = 0,
+    block: int | None = None,
 ) -> int | None:
     """Bytes that the U-Net keeps of one pass for backward: an estimate; None where its config is not here.
 
     Counted per level of the U-Net as (resnets, transformers) x channels x latent pixels, with the number of
-    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md).
+    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md). Rows
+    that are differentiated twice keep the scores of self-attention too, heads x latent pixels squared.
 
     Args:
         shape: (width, height) in pixels.
+        twice: of the rows, those that are differentiated twice.
         block: up block at which the pass ends; None: it is whole.
     """
     unet = info.configs.get("unet")
@@ -128,7 +142,9 @@ def backward_bytes(
     channels, layers = unet["block_out_channels"], unet["layers_per_block"]
     levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
     lowest = 0 if block is None else len(channels) - 1 - block % len(channels)  # level that is reached again
-    elements = 0.0
+    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
+    heads = [heads] * len(channels) if isinstance(heads, int) else heads
+    elements = scores = 0.0
     of_resnet, of_transformer = RESNET_TENSORS, TRANSFORMER_TENSORS
     if info.is_large:
         of_resnet, of_transformer = LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS
@@ -139,4 +155,6 @@ def backward_bytes(
         resnets = layers + back + 2 * last
         transformers = ("Cross" in down) * layers + ("Cross" in up) * back + last
         elements += here * (of_resnet * resnets + of_transformer * transformers)
-    return int(elements * rows * (2 if half else 4))
+        scores += transformers * heads[level] * (pixels / 4**level) ** 2
+    total = elements * rows + twice * (TWICE * elements + SCORES * scores)
+    return int(total * (2 if half else 4))

@@ -12,7 +12,7 @@ from lorakit.sampling.model_files import fingerprint
 
 INPUTS = ("image", "mask")
 """Keys of pictures that a picture was made from."""
-PATHS = ("pretrained_model_name_or_path", "base_config", "controlnet", "lora", *INPUTS)
+PATHS = ("pretrained_model_name_or_path", "base_config", "controlnet", "lora", "motion_adapter", *INPUTS)
 """Keys that may hold the path of a file, besides those of `loras`; `auto` and hub ids stand there too."""
 FOLDERS = ("model_dirs", "embedding_dirs")
 

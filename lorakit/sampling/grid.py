@@ -15,7 +15,7 @@ from lorakit.ground.chunks import Chunks
 from lorakit.sampling.config import LoraEntry, SamplingConfig
 from lorakit.sampling.encoding import PromptEncoder
 from lorakit.sampling.gallery import Gallery, Picture
-from lorakit.sampling.prompts import prompt_notes
+from lorakit.sampling.prompts import lora_files, prompt_notes
 from lorakit.sampling.samplers import LoraStack, make_scheduler
 
 
@@ -69,8 +69,9 @@ def fill(
         shape: subject -> what the pictures of one batch must share.
     """
     stack, chunks = LoraStack(base), Chunks(cfg.batch_size)
-    encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs)
     cells = [(at, asked(cell)) for at, cell in cfg.numbered_cells()]
+    loras = lora_files(each for _, subjects in cells for each in subjects)
+    encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs, loras)
     said: set[str] = set()
     with tqdm(total=sum(len(subjects) for _, subjects in cells) * count, unit="picture") as bar:
 

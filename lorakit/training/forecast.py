@@ -15,6 +15,7 @@ from lorakit.training.class_pictures import shows_class
 from lorakit.training.objective_config import kinds_of, prompts_of
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
+from lorakit.training.smooth_config import smooth_settings
 from lorakit.training.words_config import encodes_text, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import base_line, text_layers
@@ -55,10 +56,12 @@ def checkpoint_bytes(cfg: Any, base: BaseInfo) -> int:
 def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
     """Bytes that the U-Net keeps for backward, per micro-batch of one process: an estimate."""
     rows = cfg.train_batch_size + (math.ceil(cfg.train_batch_size / cfg.prior.every) if cfg.prior else 0)
-    kept = backward_bytes(plan.base, max(plan.shapes, key=math.prod), rows, half)
-    twice = any(kind.double_backward for kind in kinds_of(cfg))  # the first backward is kept too
+    twice = 0
+    if any(kind.double_backward for kind in kinds_of(cfg)):
+        twice = math.ceil(cfg.train_batch_size / smooth_settings(cfg).every)
+    kept = backward_bytes(plan.base, max(plan.shapes, key=math.prod), rows, half, twice=twice)
     scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
-    return None if kept is None else int(kept * (2 if twice else 1) * scale)
+    return None if kept is None else int(kept * scale)
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:

@@ -71,6 +71,18 @@ def learning_rate_schedule(cfg: Any, steps: int) -> Callable[[int], float]:
     return scheduler.lr_lambdas[0]
 
 
+def with_rates(model: Any, params: Sequence[torch.nn.Parameter], rate: float, ratio: float) -> list[dict]:
+    """Parameter groups of a LoRA: A at `rate`, B `ratio` times as fast (LoRA+, Hayou et al. 2024).
+
+    DoRA's magnitudes go with B, as in PEFT.
+    """
+    if ratio == 1:
+        return [{"params": list(params), "lr": rate}]
+    downs = {id(parameter) for name, parameter in model.named_parameters() if ".lora_A." in name}
+    first, second = ([p for p in params if (id(p) in downs) == down] for down in (True, False))
+    return [{"params": first, "lr": rate}, {"params": second, "lr": rate * ratio}]
+
+
 def adapter_options(cfg: Any, part: str) -> dict[str, Any]:
     """Arguments of lora.add_lora. The text encoder takes the U-Net's preset, or its attention for a list."""
     targets = cfg.target_modules
@@ -124,11 +136,11 @@ class Learner:
         groups: list[dict[str, Any]] = []
         if trains_lora(cfg):
             params = lora.add_lora(self.unet, **adapter_options(cfg, "unet"))
-            groups.append({"params": params, "lr": cfg.learning_rate})
+            groups += with_rates(self.unet, params, cfg.learning_rate, cfg.loraplus_lr_ratio)
         if cfg.train_text_encoder:
             text_params = lora.add_lora(self.text_encoder, **adapter_options(cfg, "text_encoder"))
             text_rate = cfg.text_encoder_learning_rate or cfg.learning_rate
-            groups.append({"params": text_params, "lr": text_rate})
+            groups += with_rates(self.text_encoder, text_params, text_rate, cfg.loraplus_lr_ratio)
         self.words = base.words
         if self.words is not None:  # decay would move a word that no caption of a step has
             vectors, rate = self.words.rows.vectors.requires_grad_(True), cfg.textual_inversion.learning_rate
@@ -150,7 +162,9 @@ class Learner:
         self.rates = [group["lr"] for group in groups]
         self.lr_factor = learning_rate_schedule(cfg, steps)
         wrapped = torch.compile(self.unet) if cfg.torch_compile else self.unet
-        self.student, self.optimizer = accelerator.prepare(wrapped, optimizer)
+        # Without a LoRA nothing in it is averaged over processes, and DistributedDataParallel refuses it.
+        self.student = accelerator.prepare_model(wrapped, evaluation_mode=not trains_lora(cfg))
+        self.optimizer = accelerator.prepare(optimizer)
         self.text_student = None
         if self.text_encoder is not None:
             self.text_student = accelerator.prepare(self.text_encoder)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from lorakit.training.objective_config import names_of
 from lorakit.training.objectives import Models, Pass, Term
-from lorakit.training.smooth_config import SmoothSettings
+from lorakit.training.smooth_config import smooth_settings
 
 
 class Smooth(Term):
     """The squared distance of a sample's rate to the running mean of all."""
 
     def __init__(self, cfg: Any):
-        settings = cfg.smooth or SmoothSettings.model_validate({})
+        settings = smooth_settings(cfg)
         self.weight, self.decay, self.noise_every = settings.weight, settings.decay, settings.every
         self.judges = names_of(cfg.objective) == ("smooth",)
         self.mean, self.steps = 0.0, 0

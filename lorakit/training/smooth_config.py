@@ -1,5 +1,7 @@
 """The settings of smooth. No torch here."""
 
+from typing import Any
+
 from pydantic import Field
 
 from lorakit.ground.config import Config
@@ -13,3 +15,8 @@ class SmoothSettings(Config):
     every: int = Field(2, ge=1, description="every how many samples one is differentiated twice, with as many times the weight; 1: each, at 2.8 times the cost of a step")
     decay: float = Field(0.01, gt=0, le=1, description="share of a step in the running mean of the rate")
 # fmt: on
+
+
+def smooth_settings(cfg: Any) -> SmoothSettings:
+    """Those of a config, or the defaults."""
+    return cfg.smooth or SmoothSettings.model_validate({})

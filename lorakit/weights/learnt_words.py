@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.ground.errors import UserError
+from lorakit.weights.adapter_config import lora_path
+from lorakit.weights.identity import file_sha256
 from lorakit.weights.tensors import PICKLE_SUFFIXES, Shapes, read_header, read_tensors
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 _UNNAMED = ("emb_params", "string_to_param.*", "*")
 _ANY_NAME = "learned_embeds"  # what diffusers calls every file
 _SDXL = {"clip_l", "clip_g"}
+BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|clip_[lg]|emb_params)")
+"""The name of a word's tensor beside a LoRA, as A1111 reads it there."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ def places_of(word: str) -> re.Pattern[str]:
     return re.compile(re.escape(word) if word.startswith("<") else bare, re.IGNORECASE)
 
 
-def find_words(folders: Sequence[str]) -> list[LearntWord]:
-    """Every learnt word in the folders and below them.
+def find_words(folders: Sequence[str], loras: Sequence[str] = ()) -> list[LearntWord]:
+    """Every learnt word in the folders and below them, and those that LoRA files hold beside the LoRA.
+
+    A word of a folder goes before one of the same name beside a LoRA.
 
     Raises:
-        UserError: no such folder, or a word in two files.
+        UserError: no such folder, a word in two files, or no such LoRA.
         OutputError: a file cannot be read.
     """
     found: dict[str, LearntWord] = {}
@@ -77,7 +83,35 @@ def find_words(folders: Sequence[str]) -> list[LearntWord]:
                     raise UserError(
                         f"embedding_dirs: {word.name} is in {other.path} and in {path}; rename or remove one"
                     )
+    for path in dict.fromkeys(loras):
+        for word in bundled_words(path):
+            found.setdefault(word.name.lower(), word)
     return list(found.values())
+
+
+def bundled_words(path: str) -> list[LearntWord]:
+    """The words beside a LoRA, in kohya's layout.
+
+    Raises:
+        UserError: no such file, or one that cannot be read.
+    """
+    file, words = lora_path(path), []
+    for key, shape in read_header(file)[0].items():
+        if found := BUNDLED.fullmatch(key):
+            count, width = (1, *shape)[-2:]
+            reason = "holds it for SDXL; take one for this base" if found[2].startswith("clip_") else ""
+            words.append(LearntWord(found[1], file, key, count, width, reason))
+    return words
+
+
+def word_hashes(texts: Sequence[str], folders: Sequence[str], loras: Sequence[str] = ()) -> dict[str, str]:
+    """Name of each learnt word that the texts have -> the hash of its file.
+
+    Raises:
+        UserError: as `find_words`.
+    """
+    words = [word for word in find_words(folders, loras) if any(map(places_of(word.name).search, texts))]
+    return {word.name: file_sha256(word.path) for word in words}
 
 
 def read_vectors(word: LearntWord) -> torch.Tensor:

@@ -108,6 +108,7 @@ _TOKENS = (
     "conv_in conv_out conv_norm_out conv_shortcut to_q to_k to_v to_out proj_in proj_out "
     "text_model self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm "
     "token_embedding position_embedding "
+    "motion_modules "
     "input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection time_embed"
 ).split()
 _SPLIT = re.compile("|".join(rf"{token}(?=[_.]|$)" for token in _TOKENS) + "|[^_]+")

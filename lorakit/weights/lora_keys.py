@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lorakit.weights.lora_file import kohya_name, split_name, unflatten
 from lorakit.weights.lora_metadata import Component
-from lorakit.weights.original_names import unet_name
+from lorakit.weights.original_names import motion_name, unet_name
 
 _SLOTS = {
     "lora_down.weight": ("down", "kohya"),
@@ -152,7 +152,7 @@ def _dotted(stem: str) -> tuple[str, bool] | None:
         return None
     stem = stem.replace(".processor.", ".")
     if component == "unet":
-        stem = _today(stem) or stem if _ORIGINAL.match(stem) else stem
+        stem = _today(stem) or stem if _ORIGINAL.match(stem) else motion_name(stem)
         stem = re.sub(r"\.to_out$", ".to_out.0", stem)
     else:
         stem = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", stem)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.ground.errors import UserError
 from lorakit.weights.adapter_config import AdapterAlphas, config_beside, lora_path
+from lorakit.weights.learnt_words import BUNDLED
 from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, is_vector, unflatten
 from lorakit.weights.lora_foreign import USE_SD, refuse_foreign, some
 from lorakit.weights.lora_keys import Key, is_3x3, parse_key
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 Part = dict[str, "torch.Tensor"]
 """A module's tensors by slot, see `lora_keys.Key`."""
-
-_WORD = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|clip_[lg]|emb_params)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +68,9 @@ def read_parts(path: Path | str) -> Parts:
     alphas = _alphas(path, metadata, beside)
     tensors, _ = read_tensors(path)
     notes = []
-    if words := sorted({match[1] for match in map(_WORD.fullmatch, tensors) if match}):
-        notes.append(f"a learnt word beside the LoRA is left out: {', '.join(words)}")
-        tensors = {key: tensor for key, tensor in tensors.items() if not _WORD.fullmatch(key)}
+    if words := sorted({match[1] for match in map(BUNDLED.fullmatch, tensors) if match}):
+        notes.append(f"a learnt word lies beside the LoRA: {', '.join(words)}; prompt_syntax=a1111 reads it")
+        tensors = {key: tensor for key, tensor in tensors.items() if not BUNDLED.fullmatch(key)}
     tensors, was_float8 = _as_half(tensors)
     notes += ["float8 is read as float16, which holds its numbers exactly"] * was_float8
     _refuse_bad_numbers(path, tensors)

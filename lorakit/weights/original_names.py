@@ -161,3 +161,23 @@ def _open_clip_names(key: str, layers: int) -> tuple[str, ...]:
 def _renamed(key: str, table: Mapping[str, str]) -> str | None:
     stem, _, end = key.rpartition(".")
     return f"{table[stem]}.{end}" if stem in table else None
+
+
+# ---- AnimateDiff's motion modules ----
+
+_MOTION = (
+    (".temporal_transformer.", "."),
+    (".attention_blocks.0.", ".attn1."),
+    (".attention_blocks.1.", ".attn2."),
+    (".norms.0.", ".norm1."),
+    (".norms.1.", ".norm2."),
+    (".ff_norm.", ".norm3."),
+)
+"""What AnimateDiff calls it, and diffusers."""
+
+
+def motion_name(name: str) -> str:
+    """diffusers' name of a tensor or a layer of AnimateDiff's; any other stays as it is."""
+    for original, today in _MOTION:
+        name = name.replace(original, today)
+    return name

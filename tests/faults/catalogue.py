@@ -35,6 +35,7 @@ CONFIGS, FOLDER, IMAGES = "faults/test_configs.py::test_", "test_folder.py::test
 TRAIN, MORPH, RUNS = "test_train.py::test_", "test_morph.py::test_", "test_runs.py::test_"
 BASES, SINGLE, HUB = "faults/test_bases.py::test_", "test_single_file.py::test_", "test_hub.py::test_"
 LAYOUTS, CHANGED = "test_layouts.py::test_", "test_changed_base.py::test_"
+IMAGIC = "test_edit_imagic.py::test_"
 LORA_FILE, MIX = "test_lora_file.py::test_", "test_mix_lora.py::test_"
 DRAGS, DRAG = "faults/test_drags.py::test_", "test_drag.py::test_"
 
@@ -45,8 +46,10 @@ ROWS = (
         "0 after the same command",
         (
             f"{TRAIN}kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run",
+            "test_every_objective.py::test_kill_9_at_ten_random_moments_and_resume_equals_a_straight_run",
             f"{MORPH}kill_9_at_random_moments_and_the_same_command_gives_the_same_bytes",
             f"{MORPH}kill_9_before_every_kind_of_rename_leaves_nothing_half_done",
+            f"{IMAGIC}kill_9_before_every_kind_of_rename_and_the_same_command_gives_the_same_bytes",
             f"{RUNS}a_run_that_always_saves_is_killed_25_times_and_its_newest_checkpoint_is_always_good",
             f"{RUNS}a_kill_at_any_third_line_of_a_save_costs_nothing",
             f"{RUN}l1_the_soak_sees_what_is_not_whole",
@@ -104,6 +107,7 @@ ROWS = (
             f"{TRAIN}a_signal_stops_after_the_step_and_the_printed_command_resumes",
             f"{TRAIN}a_launcher_that_dies_takes_the_training_with_it",
             f"{MORPH}a_signal_stops_after_the_step_and_the_printed_command_goes_on",
+            f"{IMAGIC}a_signal_keeps_the_step_and_the_same_command_goes_on",
             "test_process.py::test_a_launcher_that_repeats_the_interrupt_does_not_cut_the_save_short",
         ),
     ),

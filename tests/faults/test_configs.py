@@ -17,6 +17,7 @@ from lorakit.editing.config import EditConfig
 from lorakit.editing.drag_config import DragConfig
 from lorakit.film.config import MorphConfig
 from lorakit.ground.config import load_config
+from lorakit.motion.config import AnimateConfig, Camera
 from lorakit.sampling.generate_plan import GenerateConfig
 from lorakit.sampling.style_plan import StyleConfig
 from lorakit.training.config import TrainConfig
@@ -168,6 +169,7 @@ READ_BY = {
     "style_transfer": ({**StyleConfig.model_fields}, ["style_transfer.py", "lorakit"]),
     "edit": ({**EditConfig.model_fields}, ["edit.py", "lorakit"]),
     "drag": ({**DragConfig.model_fields}, ["drag.py", "lorakit"]),
+    "animate": ({**AnimateConfig.model_fields, **Camera.model_fields}, ["animate.py", "lorakit"]),
     "mix_lora": ({key: 1 for verb in VERBS.values() for key in verb.config.model_fields}, ["mix_lora.py"]),
 }
 
@@ -213,6 +215,7 @@ CLASSES = {
     "style_transfer": StyleConfig,
     "edit": EditConfig,
     "drag": DragConfig,
+    "animate": AnimateConfig,
 }
 """By the folder of the schema that a config names."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorakit.diffusion import inversion
 from lorakit.diffusion.denoiser import Denoiser, Rows
@@ -17,7 +18,7 @@ from lorakit.diffusion.paths import decode_picture, encode_picture
 from lorakit.diffusion.schedule import NoiseSchedule
 from lorakit.film import endpoints
 from lorakit.film.config import MorphConfig
-from lorakit.film.morph_plan import make_morph_plan
+from lorakit.film.morph_plan import fingerprint, make_morph_plan
 from lorakit.ground import randomness
 from lorakit.ground.config import load_config
 from lorakit.ground.errors import OutputError, UserError
@@ -130,6 +131,37 @@ def test_a_lora_of_the_text_encoder_acts_on_its_own_picture_alone_and_by_its_wei
 def test_without_an_anchor_prompt_there_is_no_control(opened):
     cfg, _, base, adapters = opened(loras=(False, False))
     assert endpoints.control_embeds(cfg, base, adapters) is None
+
+
+@pytest.fixture
+def word(tmp_path) -> str:
+    """A folder with the word zwx, of two vectors."""
+    (tmp_path / "words").mkdir()
+    save_file({"emb_params": 3 * torch.randn(2, 16)}, tmp_path / "words/zwx.safetensors")
+    return str(tmp_path / "words")
+
+
+def test_a_learnt_word_in_a_prompt_is_read_and_part_of_what_a_film_is_made_of(opened, word, tmp_path):
+    def made(syntax: str):
+        cfg, plan, base, adapters = opened(prompt_syntax=syntax, embedding_dirs=[word] * (syntax != "plain"))
+        images = [
+            picture.model_copy(update={"prompt": text})
+            for picture, text in zip(cfg.images, ("a zwx lake", "a lake, " * 20), strict=True)
+        ]
+        cfg = cfg.model_copy(update={"images": tuple(images)})
+        rows = endpoints.conditions(cfg, base, adapters)
+        names = endpoints.path_names(cfg, plan, base.info, Path("cache"), "no", True)
+        return rows.prompt_embeds, names, fingerprint(cfg, plan, "no")
+
+    plain, with_word = made("plain"), made("a1111")
+    assert plain[0].shape[1] == 32 and with_word[0].shape[1] == 64  # the long prompt is read to its end
+    assert (with_word[0][0, 2:4] - plain[0][0, 2:4]).abs().max() > 0.1
+    assert not set(plain[1]) & set(with_word[1]) and plain[2] != with_word[2]
+    save_file({"emb_params": 3 * torch.randn(2, 16)}, tmp_path / "words/zwx.safetensors")
+    other = made("a1111")
+    assert not set(other[1]) & set(with_word[1]) and other[2] != with_word[2]
+    save_file({"emb_params": torch.randn(2, 16)}, tmp_path / "words/unused.safetensors")
+    assert made("a1111")[1:] == other[1:]  # a word that no prompt has is nothing to the film
 
 
 # ---- inversion and its cache ----

@@ -21,11 +21,12 @@ from miniature.train_autoencoder import AutoencoderConfig
 from miniature.train_autoencoder import train as train_autoencoder
 from miniature.train_controlnet import ControlNetConfig
 from miniature.train_controlnet import train as train_controlnet
+from miniature.train_motion import MotionConfig
 from miniature.train_text_to_image import TextToImageConfig
 from miniature.train_text_to_image import train as train_text_to_image
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("train_autoencoder", "train_text_to_image", "train_controlnet", "evaluate")
+SCRIPTS = ("train_autoencoder", "train_text_to_image", "train_controlnet", "train_motion", "evaluate")
 COMMON = {
     "batch_size": 4,
     "max_train_steps": 4,
@@ -183,6 +184,7 @@ def test_every_shipped_config_is_valid():
         "autoencoder": AutoencoderConfig,
         "text_to_image": TextToImageConfig,
         "controlnet": ControlNetConfig,
+        "motion": MotionConfig,
     }
     found = sorted((ROOT / "miniature/cfg").glob("*.json"))
     assert {path.stem for path in found} == set(classes)

@@ -13,6 +13,8 @@ from lorakit.sampling.encoding import PromptEncoder, weighted
 from lorakit.sampling.samplers import encode_prompts
 from lorakit.weights.base import inspect_base
 from lorakit.weights.learnt_words import find_words
+from lorakit.weights.lora_file import lora_bytes
+from lorakit.weights.lora_reader import read_lora
 
 LONG = "a photo of mountains, " * 10
 
@@ -237,6 +239,23 @@ def test_a_word_that_cannot_be_read_is_refused_where_a_prompt_has_it_and_only_th
         with pytest.raises(UserError, match=message) as caught:
             encoder.encode([f"a {name} lake"], "")
         assert f"embeddings/{name}." in str(caught.value)
+
+
+def test_a_word_beside_a_lora_is_read_from_there_unless_a_folder_has_it(
+    words, vectors, base, fitted, tmp_path
+):
+    bundle = tmp_path / "bundle.safetensors"
+    lora = read_lora(fitted[0])
+    bundle.write_bytes(lora_bytes(lora.modules, layout="kohya", metadata={}, words={"easy": vectors}))
+
+    def states(*sources):
+        return PromptEncoder(base, "a1111", *sources).encode(["an easy lake"], "")[0]
+
+    beside, without = states([], [str(bundle)]), states([], [str(fitted[0])])
+    assert (beside - without).abs().max() > 0.1
+    assert torch.equal(beside, states([words(easy={"emb_params": vectors})]))
+    assert torch.equal(states([words(easy={"emb_params": -vectors})], [str(bundle)]), states([words()]))
+    assert not torch.equal(states([words()]), beside)
 
 
 def test_a_word_in_two_files_is_refused_unless_one_of_them_cannot_be_read(words, vectors, tmp_path):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import killed_and_resumed
+from safetensors.torch import load_file
 from small import torchrun
 
 import train_lora
@@ -187,6 +189,18 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(trained, tmp_p
     plain = trained()
     checkpointed = trained(gradient_checkpointing=True, output_dir=str(tmp_path / "checkpointed"))
     assert relative_difference(checkpointed, plain) < 1e-5
+
+
+def test_b_learns_so_many_times_as_fast_as_a(trained, tmp_path):
+    """One step of AdamW moves a number by its rate; B starts at 0, so that A stays where it was in it."""
+    common = {"max_train_steps": 1, "adam_weight_decay": 0.0, "learning_rate": 1e-3, "adam_epsilon": 1e-12}
+    plain, plus = (
+        load_file(trained(loraplus_lr_ratio=ratio, output_dir=str(tmp_path / str(ratio)), **common))
+        for ratio in (1.0, 8.0)
+    )
+    ups = [key for key in plain if key.endswith("lora_up.weight")]
+    assert ups and all(abs(float((plus[key] / plain[key]).median()) - 8) < 0.01 for key in ups)
+    assert all(torch.equal(plus[key], plain[key]) for key in plain if key.endswith("lora_down.weight"))
 
 
 def test_two_processes_equal_one_with_twice_the_batch(trained, settings, tmp_path):
@@ -652,39 +666,11 @@ def test_a_launcher_that_dies_takes_the_training_with_it(settings, tmp_path):
     assert list(run.glob("checkpoint-*")) and not (run / ".lock.json").exists()
 
 
-def train_quietly(arguments: list[str]) -> None:
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1), os.dup2(null, 2)
-    sys.exit(train_lora.main(arguments))
-
-
 def test_kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run(trained, settings, tmp_path):
-    """Children are forked from a server that has imported the libraries and runs no thread of its own."""
-    import random
-    from multiprocessing import get_context
-
     options = dict(checkpointing_steps=3, validation_steps=40)
     arguments = settings(**options, max_train_steps=100_000, resume_from_checkpoint="latest")
-    rng, run = random.Random(0), tmp_path / "ckpt/run"
-    log = run / "metrics.jsonl"
-    server = get_context("forkserver")
-    server.set_forkserver_preload(["torch", "accelerate", "peft", "diffusers.models", "transformers"])
-
-    def steps_done() -> int:
-        return len(log.read_bytes().splitlines()) if log.exists() else 0
-
-    for _ in range(20):
-        process = server.Process(target=train_quietly, args=(arguments,))
-        target = steps_done() + rng.randint(0, 9)
-        process.start()
-        while steps_done() < target:
-            assert process.is_alive(), "the child ended before it was killed"
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    options["max_train_steps"] = steps_done() + 5
+    run = tmp_path / "ckpt/run"
+    options["max_train_steps"] = killed_and_resumed(arguments, run, times=20) + 5
     survived = trained(**options, resume_from_checkpoint="latest")
     assert sha(survived) == sha(trained(output_dir=str(tmp_path / "straight"), **options))
     assert not list(run.glob(".tmp-*"))

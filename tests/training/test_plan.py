@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorakit.diffusion.lora import add_lora
 from lorakit.diffusion.models import Base
@@ -37,30 +38,32 @@ def test_parameters_are_counted_as_they_will_be(settings, tiny_base, targets, op
     assert lora_parameters(cfg, base.info) == sum(p.numel() for p in params)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_activations_are_predicted_within_a_third(settings, batch):
+@pytest.mark.parametrize(("batch", "resolution", "twice"), [(1, 256, False), (3, 256, False), (1, 192, True)])
+def test_activations_are_predicted_within_a_third(settings, batch, resolution, twice):
     """Against what autograd keeps on the miniature, at a size that the constants were not fitted to."""
-    cfg = config_of(
-        settings(pretrained_model_name_or_path="ckpt/miniature", resolution=256, train_batch_size=batch)
-    )
+    own = {"objective": ["denoise", "smooth"], "smooth": {"every": 1}} if twice else {}
+    size = {"resolution": resolution, "train_batch_size": batch}
+    cfg = config_of(settings(pretrained_model_name_or_path="ckpt/miniature", **size, **own))
     predicted = activation_bytes(cfg, make_plan(cfg))
     base = Base(inspect_base("ckpt/miniature"))
     params = add_lora(base.unet, rank=4, alpha=4)
     base.unet.train()
-    own = {p.untyped_storage().data_ptr() for p in base.unet.parameters()}
-    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in base.unet.parameters()}
+    kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no two have one address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        base.unet(
-            torch.zeros(batch, base.info.latent_channels, 32, 32),
-            torch.tensor([500]),
-            torch.zeros(batch, 32, 128),
-        )
-    measured = sum(size for pointer, size in kept.items() if pointer not in own)
+    side = resolution // base.info.vae_factor
+    latents = torch.zeros(batch, base.info.latent_channels, side, side).requires_grad_(twice)
+    kernels = [SDPBackend.MATH] if twice else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = base.unet(latents, torch.tensor([500]), torch.zeros(batch, 32, 128)).sample
+        if twice:
+            torch.autograd.grad(output.sum(), latents, create_graph=True)
+    sizes = {pointer: tensor.untyped_storage().nbytes() for pointer, tensor in kept.items()}
+    measured = sum(size for pointer, size in sizes.items() if pointer not in weights)
     assert params and predicted == pytest.approx(measured, rel=1 / 3)
 
 

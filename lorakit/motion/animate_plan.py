@@ -1,0 +1,140 @@
+"""What animate.py will do, worked out from its config and from files' headers. No torch here."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorakit.ground.errors import UserError
+from lorakit.motion.camera import Pose, path
+from lorakit.motion.config import DRAWING, AnimateConfig
+from lorakit.motion.windows import WINDOW, windows
+from lorakit.pictures.animation import missing_writers
+from lorakit.sampling.config import check_size
+from lorakit.sampling.forecast import memory_lines, model_lines
+from lorakit.sampling.prompts import lora_files, text_notes
+from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.identity import base_identity, file_sha256, lora_sha256
+from lorakit.weights.motion_adapter import MotionInfo, inspect_motion_adapter
+
+VERSION = 1  # of what frames are a function of; counts up when the same config gives other frames
+# What only shows frames, or says where they go.
+PRESENTATION = {
+    "output_dir", "name", "overwrite", "formats", "fps", "hold_ms", "pingpong", "min_side", "model_dirs",
+    "grid",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AnimatePlan:
+    """`cfg` with a value for each key of the sampler; `shape` is (width, height) in pixels.
+
+    `wide` are the windows of the adapter, with weights; None: there is none, and frames are made alone.
+    """
+
+    cfg: AnimateConfig
+    base: BaseInfo
+    adapter: MotionInfo | None
+    shape: tuple[int, int]
+    poses: Sequence[Pose]
+    wide: Sequence[Sequence[tuple[int, float]]] | None
+    notes: tuple[str, ...]
+
+
+def make_animate_plan(cfg: AnimateConfig, base: BaseInfo | None = None) -> AnimatePlan:
+    """Check base, adapter, LoRA files, writers and prompts.
+
+    Args:
+        base: what is known of the base once it is loaded; None: what its files tell.
+
+    Raises:
+        UserError: what is missing, unreadable or does not fit together; names the key and the remedy.
+    """
+    base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
+    check_size(cfg, base)
+    if cfg.beta_schedule and base.known:
+        scheduler = base.configs["scheduler"] | {"beta_schedule": cfg.beta_schedule, "trained_betas": None}
+        base = replace(base, configs=base.configs | {"scheduler": scheduler})
+    for name, reason in missing_writers(cfg.formats).items():
+        raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
+    resolved, notes = cfg.resolved()
+    scheduler, _, guidance = resolved.sampler()
+    if scheduler in DRAWING:
+        raise UserError(
+            f'scheduler "{scheduler}": draws noise on its way that lies in no scene; set scheduler=ddim, or '
+            "another one without"
+        )
+    adapter = inspect_motion_adapter(cfg.motion_adapter, base) if cfg.motion_adapter and base.known else None
+    texts = [(prompt, "prompt" if len(cfg.prompts()) > 1 else "") for prompt in cfg.prompts()]
+    texts.append((cfg.negative_prompt if guidance != 1 else "", "negative_prompt"))
+    notes = [
+        *base.notes,
+        *notes,
+        *text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base, lora_files([cfg])),
+    ]
+    shape = cfg.width or base.resolution, cfg.height or base.resolution
+    poses = path(cfg.frames, shape, cfg.camera.keys(), cfg.camera.easing, cfg.loop)
+    wide = _wide(cfg, adapter) if adapter else None
+    return AnimatePlan(resolved, base, adapter, shape, poses, wide, tuple(dict.fromkeys(notes)))
+
+
+def _wide(cfg: AnimateConfig, adapter: MotionInfo) -> list[list[tuple[int, float]]]:
+    """Raises UserError: a window beyond the adapter's positions."""
+    size = cfg.window or min(adapter.positions, WINDOW)
+    if size > adapter.positions:
+        raise UserError(f"window {size}: {adapter.name} has {adapter.positions} positions; lower it")
+    overlap = cfg.overlap or max(1, size // 4)
+    if overlap >= size:
+        raise UserError(f"overlap {overlap}: windows of {size} frames share {size - 1} at most; lower it")
+    return windows(cfg.frames, size, overlap, cfg.loop)
+
+
+def describe_animation(plan: AnimatePlan) -> list[str]:
+    """The plan in lines for --check.
+
+    Raises:
+        UserError: a LoRA that does not fit.
+    """
+    cfg = plan.cfg
+    paths = [lora.path for lora in (*cfg.loras, *cfg.prompt_loras())]
+    lines = model_lines(plan.base, paths, plan.adapter.shapes if plan.adapter else None)
+    if plan.adapter:
+        count = sum(math.prod(shape) for shape in plan.adapter.shapes.values())
+        lines.append(
+            f"adapter     {plan.adapter.name}: {count:,} parameters, {plan.adapter.positions} positions"
+        )
+    moves = ", ".join(f"{name} {keys}" for name, keys in cfg.camera.keys().items() if len(set(keys)) > 1)
+    lines.append(f"camera      {moves or 'at rest'}")
+    _, steps, guidance = cfg.sampler()
+    rows = sum(map(len, plan.wide)) if plan.wide else cfg.frames
+    if plan.wide and len(plan.wide) > 1:
+        lines.append(f"windows     {len(plan.wide)} of {len(plan.wide[0])} frames")
+    together = cfg.model_copy(update={"batch_size": len(plan.wide[0])}) if plan.wide else cfg
+    extra = sum(math.prod(shape) for shape in plan.adapter.shapes.values()) if plan.adapter else 0
+    lines += memory_lines([together], plan.base, [plan.shape], extra)
+    lines.append(f"work        {rows * steps * (1 + (guidance != 1)):,} rows through the U-Net")
+    formats = "".join(f", {name}" for name in cfg.formats)
+    return [
+        *lines,
+        f"writes      {Path(cfg.output_dir) / cfg.name}: PNG frames, sheet, report, page{formats}",
+    ]
+
+
+def fingerprint(plan: AnimatePlan, dtype: str) -> str:
+    """A hash of all that the frames are a function of: settings and the content of every file."""
+    cfg = plan.cfg
+    settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in PRESENTATION}
+    settings["loras"] = [
+        each.model_dump(mode="json") | {"path": lora_sha256(each.path)}
+        for each in (*cfg.loras, *cfg.prompt_loras())
+    ]
+    files = dict.fromkeys(str(place.path) for place in plan.adapter.places.values()) if plan.adapter else {}
+    settings["motion_adapter"] = [
+        [file_sha256(file) for file in files],
+        plan.adapter and dict(plan.adapter.config),
+    ]
+    settings |= {"shape": plan.shape, "base": base_identity(plan.base), "dtype": dtype, "version": VERSION}
+    del settings["pretrained_model_name_or_path"], settings["base_config"]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
