@@ -1,9 +1,9 @@
 """Drag things in a picture from one place to another; the rest stays.
 
     python drag.py                                     # a peak of the mountain, drawn up and to the left
-    python drag.py --page PICTURE.jpg                  # a page to point with, which saves drag.json
-    python drag.py drag.json                           # what was pointed at
-    python drag.py drag.json method=drag               # by DragDiffusion
+    python drag.py --page PICTURE                      # a page to point with, which saves drag.json
+    python drag.py PATH/drag.json                      # what was pointed at
+    python drag.py PATH/drag.json method=drag          # by DragDiffusion
     python drag.py image=PICTURE.jpg prompt="…" points='[[[30, 40], [60, 40]]]' mask=MASK.png
 
 The pixels are moved and their place is filled from around; then the model makes the picture whole from a late

@@ -142,8 +142,8 @@ def row_of(scene: Scene, image: Image.Image, seconds: float) -> Row:
     case, truth = scene.case, scene.truth
     start, end = case.way
     shape = case.mask.shape
-    pixels = [levels(each).astype(np.float32) for each in (image, truth)]
-    place, _ = find_again(*pixels, end, round(case.radius), case.mask)
+    made, wanted = (levels(each).astype(np.float32) for each in (image, truth))
+    place, _ = find_again(made, wanted, end, round(case.radius), case.mask)
     at = [disc(shape, point, case.radius) > 0 for point in (end, start)]
     return {
         "left": math.dist(place, end),
