@@ -67,7 +67,7 @@ def drag(cfg: DragConfig, plan: DragPlan, folder: Path) -> list[Path]:
         result = desk.drag(cell)
         track, facts = track_of(plan, result), facts_of(desk.round_trip, result)
         left = facts["left"] = round(sum(way["left"] for way in track["ways"]) / len(track["ways"]), 1)
-        print(f"drag        {result.stopped} after {track['steps']} steps; {left} pixels from the target")
+        print(f"drag        {result.stopped}; {left} pixels from the target")
         print_notes(disagreements(plan, result))
         lines = lines_of(plan, result)
         gallery.add(Picture(result.image, 0, cell.seed, at, cell, cell.prompt, facts, lines))

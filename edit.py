@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from lorakit.editing.config import EditConfig
 from lorakit.editing.edit_plan import EditPlan, count_results, describe_edit, make_edit_plan
 from lorakit.editing.fitting import fit_missing
+from lorakit.editing.imagic_fitting import fit_imagic
+from lorakit.editing.imagic_plan import parts_of
 from lorakit.ground.command import print_notes
 from lorakit.ground.process import run_guarded
 from lorakit.pictures.images import psnr
@@ -62,7 +64,8 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
     leads = [("picture", desk.picture), ("as the autoencoder returns it", desk.round_trip)]
     gallery = Gallery(folder, cfg, labels, [leads] * len(labels))
     with tqdm(total=count_results(cfg), unit="picture") as bar:
-        for at, cell in cfg.numbered_cells():
+        parts = [(at, part) for at, cell in cfg.numbered_cells() for part in parts_of(cell, plan.fits)]
+        for at, cell in parts:
             cell, _ = cell.resolved()
             for result in desk.results(cell):
                 subject = labels.index(result.target) if result.target in labels else 0
@@ -102,7 +105,11 @@ def main(argv: Sequence[str]) -> int:
     width, height = plan.shape
 
     def make(folder: Path) -> list[Path]:
-        fit_missing(cfg, plan.missing, plan.shape, folder, Path(__file__).with_name("train_lora.py"))
+        script = Path(__file__).with_name("train_lora.py")
+        if plan.fits:
+            fit_imagic(cfg, plan, folder, script)
+        else:
+            fit_missing(cfg, plan.missing, plan.shape, folder, script)
         return edit(cfg, plan, folder)
 
     return fill_folder(

@@ -1,12 +1,14 @@
 """Does drag.py bring things where they belong, and leave the rest? Scenes whose true answer is drawn.
 
-    python benchmarks/drag.py                             # all ways, … minutes on two cores
+    python benchmarks/drag.py                             # all ways, ten minutes on two cores
     python benchmarks/drag.py --ways default "own noise"  # some of them
+    python benchmarks/drag.py --scenes 3                  # the discs alone
 
 Seven drags, drag_scenes.py has them. Each result is compared with what the autoencoder makes of the truth:
 how far from the target stands what is most like the true target, how near are target, vacated place and all
 of the mask to the truth, and the outside to the picture, before it is put back. Prints a table, writes
-out/drag_scenes/scenes.png, and prints one JSON line last.
+out/drag_scenes/scenes.png, and prints one JSON line last. What is there of an earlier run is taken from
+out/drag_scenes/results; remove that to begin anew.
 """
 
 import argparse
@@ -36,8 +38,9 @@ from lorakit.editing.drag_plan import make_drag_plan  # noqa: E402
 from lorakit.editing.fitting import fit_missing  # noqa: E402
 from lorakit.editing.swapping import last  # noqa: E402
 from lorakit.ground.config import load_config  # noqa: E402
+from lorakit.ground.publish import publish_file  # noqa: E402
 from lorakit.ground.randomness import normal  # noqa: E402
-from lorakit.pictures.images import save_png  # noqa: E402
+from lorakit.pictures.images import load_image, save_png  # noqa: E402
 from lorakit.pictures.matching import find_again  # noqa: E402
 from lorakit.pictures.sheet import contact_sheet  # noqa: E402
 from lorakit.pictures.warping import disc  # noqa: E402
@@ -52,8 +55,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "own noise": {"noise": "own"},
     "start 0.6": {"start": 0.6},
     "start 0.6, own noise": {"start": 0.6, "noise": "own"},
-    "no reference attention": {"reference_attention": False},
-    "with a LoRA": LORA,
     "drag": PULLED,
     "drag, start 0.1": PULLED | {"start": 0.1},
     "drag, start 0.7": PULLED | {"start": 0.7},
@@ -62,6 +63,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "drag, no reference attention": PULLED | {"reference_attention": False},
 }
 """What differs from the default config; `fitted` stands for the LoRA of the scene."""
+KINDS = ("disc", "house", "peak")
 CONTROLS = ("no drag", "pixels only", "fresh noise")
 Row = dict[str, float]
 
@@ -131,13 +133,9 @@ class Scene:
                     lambda x, t: desk.denoiser(x, t, source.row),
                 )
                 return decode_picture(desk.base, last(steps)[0]), time.process_time() - begun, ""
-        latents, track, stopped = desk.started(cfg, source)
-        keep = None if FREE else desk.where
-        image = desk.healed(cfg, source, latents, keep)
-        return image, time.process_time() - begun, f"{stopped} ({len(track) - 1})"
-
-
-FREE = True
+        latents, _, stopped = desk.started(cfg, source)
+        image = desk.healed(cfg, source, latents, None)
+        return image, time.process_time() - begun, stopped
 
 
 def row_of(scene: Scene, image: Image.Image, seconds: float) -> Row:
@@ -163,26 +161,54 @@ def main() -> None:
     )
     parser.add_argument("--ways", nargs="+", default=[*CONTROLS, *WAYS])
     parser.add_argument("--base", default="ckpt/miniature")
+    parser.add_argument("--scenes", type=int, default=7, help="the first of seven")
     options = parser.parse_args()
     set_up_backend("cpu")
-    base = Base(inspect_base(options.base))
+    info = inspect_base(options.base)
     rows: dict[str, list[Row]] = {}
-    shown = []
-    for case in draw_cases():
-        scene = Scene(base, case)
-        images = []
+    cases, shown = draw_cases()[: options.scenes], []
+    for case in cases:
+        scene, images = Scene(Base(info), case), []  # a base has one stack of LoRAs
         for way in options.ways:
-            image, seconds, stopped = scene.made(way)
-            rows.setdefault(way, []).append(row_of(scene, image, seconds))
+            image, row, stopped = kept_or_made(scene, way)
+            rows.setdefault(way, []).append(row)
             images.append(image)
-            print(case.name, way, {k: round(v, 1) for k, v in rows[way][-1].items()}, stopped, flush=True)
+            told = "  ".join(f"{name} {value:.1f}" for name, value in rows[way][-1].items())
+            print(f"{case.name:16}{way:30}{told}  {stopped}", flush=True)
         shown.append([case.before, scene.truth, *images])
-        scene.desk.stack.use([])
-    for way, found in rows.items():
-        kinds = [mean(r["left"] for r in found[i:j]) for i, j in ((0, 3), (3, 5), (5, 7))]
-        cells = [*kinds, *(mean(r[k] for r in found) for k in found[0]), max(r["left"] for r in found)]
-        print(f"{way:30}" + "".join(f"{c:9.1f}" for c in cells))
-    save_png(contact_sheet(shown, column_labels=["picture", "truth", *options.ways]), OUT / "scenes.png")
+    table = {way: averages(cases, found) for way, found in rows.items()}
+    print(f"\n{'':30}" + "".join(f"{name:>9}" for name in next(iter(table.values()))))
+    for way, means in table.items():
+        print(f"{way:30}" + "".join(f"{value:9.1f}" for value in means.values()))
+    names, heads = [case.name for case in cases], ["picture", "truth", *rows]
+    save_png(contact_sheet(shown, row_labels=names, column_labels=heads), OUT / "scenes.png")
+    print(f"wrote {OUT / 'scenes.png'}")
+    print(json.dumps({"scenes": names, "rows": table}))
+
+
+def kept_or_made(scene: Scene, way: str) -> tuple[Image.Image, Row, str]:
+    """The result, its row and why it stopped, of an earlier run if there was one."""
+    stem = OUT / "results" / f"{scene.case.name}, {way}".replace(" ", "_")
+    picture, told = Path(f"{stem}.png"), Path(f"{stem}.json")
+    if not told.exists():
+        stem.parent.mkdir(exist_ok=True)
+        image, seconds, stopped = scene.made(way)
+        save_png(image, picture)
+        publish_file(told, json.dumps([row_of(scene, image, seconds), stopped]).encode())
+    return load_image(picture), *json.loads(told.read_text())
+
+
+def averages(cases: list[Case], rows: list[Row]) -> Row:
+    """Means over the scenes, and of what is left by kind of thing; `worst` is the most that is left."""
+    by_kind = {
+        what: [r["left"] for c, r in zip(cases, rows, strict=True) if c.what == what] for what in KINDS
+    }
+    means = {f"{what}s": mean(left) for what, left in by_kind.items() if left}
+    return (
+        means
+        | {key: mean(row[key] for row in rows) for key in rows[0]}
+        | {"worst": max(r["left"] for r in rows)}
+    )
 
 
 if __name__ == "__main__":

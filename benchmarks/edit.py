@@ -2,19 +2,24 @@
 
     python benchmarks/edit.py                             # five kinds of edit, three minutes on two cores
     python benchmarks/edit.py --scenes 3 --classifier     # of each kind; once ten minutes for the judge
-    python benchmarks/edit.py --starts 0 0.6 --sdedit 0.3                       # fewer columns
+    python benchmarks/edit.py --starts 0 0.6 --sdedit 0.3                       # fewer rows
+    python benchmarks/edit.py --starts 0 --sdedit 0.3 --imagic 3                # two minutes for each imagic
 
 Scenes that nothing was trained on are drawn as photographs; their captions are edited (noon to sunset, rocky
 to snowy, …), and the renderer draws what is right: the same ridges under another sun. Each result is
 compared with what the autoencoder makes of that truth: its effect is the share of the true change that was
-made; with --classifier also what a classifier of renders says of the wanted attribute. Controls: the
-picture's own prompt, later starts, SDEdit at three strengths. Prints a table, writes
+made; with --classifier also what a classifier of renders says of the wanted attribute. What the true edit
+leaves is looked at as a whole, and from two cells of the latents off what changes. Controls: the picture's
+own prompt, nothing kept by reach, later starts, SDEdit at three strengths; imagic without its first stage,
+and without its second. Prints a table, writes
 out/edit_scenes/scenes.png, and prints one JSON line last.
 """
 
 import argparse
 import json
+import shutil
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -25,7 +30,7 @@ sys.path[:0] = [str(ROOT)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageFilter  # noqa: E402
 
 import edit  # noqa: E402
 from lorakit.diffusion.models import Base, set_up_backend  # noqa: E402
@@ -48,6 +53,9 @@ EDITS: dict[str, tuple[str, Any, Any]] = {
     "lake to forest": ("foreground", "a lake", "a forest"),
 }
 SAME = "own prompt"
+RIM = 16  # pixels: two cells of the latents
+IMAGIC = ("noon to sunset", "rocky to snowy", "lake to forest", "noon to night", "red desert to green")
+ETAS = [0, 0.6, 0.8, 1, 1.2]
 Row: TypeAlias = dict[str, float | None]
 
 
@@ -69,6 +77,12 @@ class Case:
     def stays(self) -> np.ndarray:
         """(H, W): where the true edit changes nothing."""
         return np.abs(levels(self.before) - levels(self.after)).max(2) <= 1
+
+    @property
+    def is_far(self) -> np.ndarray:
+        """(H, W): where it changes nothing within RIM pixels."""
+        changes = Image.fromarray(np.where(self.stays, 0, 255).astype(np.uint8))
+        return np.asarray(changes.filter(ImageFilter.MaxFilter(2 * RIM + 1))) == 0
 
 
 def levels(image: Image.Image) -> np.ndarray:
@@ -146,7 +160,29 @@ def row_of(case: Case, image: Image.Image, model: Classifier | None) -> Row:
         "edge_f1": edge_f1(edit.edges_of(case.trip), edit.edges_of(image)),
         "truth": db(image, case.truth),
         "stay": db(image, case.trip, case.stays),
+        "far": db(image, case.trip, case.is_far),
+        "input": db(image, case.trip),
     }
+
+
+def run_imagic(case: Case, base: str) -> tuple[dict[str, Image.Image], float]:
+    """Way -> the result, by eta and without a stage; and the seconds of all but the controls."""
+    own, begun = OUT / f"{case.path.stem}_imagic.safetensors", time.perf_counter()
+    keys: dict[str, Any] = {"method": "imagic", "train_if_missing": True, "lora": str(own)}
+    for path in (own, OUT / f"{own.stem}.embedding.safetensors"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(OUT / own.stem, ignore_errors=True)
+    found, _ = run(case, base, "imagic", **keys, grid={"eta": ETAS})
+    results, seconds = (
+        {f"imagic, {cell}": image for cell, image in found.items()},
+        time.perf_counter() - begun,
+    )
+    found, _ = run(case, base, "no_lora", **keys, lora_weight=0, grid={"eta": [0, 1]})
+    results |= {f"no second stage, {cell}": image for cell, image in found.items()}
+    other = {"lora": str(OUT / f"{case.path.stem}_target.safetensors")}
+    still = {"embed_steps": 1, "embed_learning_rate": 1e-12}
+    found, _ = run(case, base, "no_embedding", **(keys | other | still))
+    return results | {"no first stage": found[""]}, seconds
 
 
 def average(rows: list[Row]) -> Row:
@@ -161,41 +197,53 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=1, help="of each kind")
     parser.add_argument("--starts", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6])
     parser.add_argument("--sdedit", type=float, nargs="+", default=[0.5, 0.3, 0.1])
+    parser.add_argument("--imagic", type=int, default=0, help="kinds of edit, the first scene of each")
     parser.add_argument("--classifier", action="store_true")
     parser.add_argument("--base", default="ckpt/miniature")
     options = parser.parse_args()
     set_up_backend("cpu")
     cases = draw_cases(Base(inspect_base(options.base)), options.scenes)
     judge = trained_classifier(Path("out/miniature"), 2400, 900, 128, None) if options.classifier else None
-    shown, seconds, rows = [], [], dict[str, list[Row]]()
+    shown, seconds, fits, rows = [], [], [], dict[str, list[Row]]()
     for case in cases:
         results = {"the input": case.trip, "the truth": case.truth}
         swapped, spent = run(case, options.base, "swap", grid={"start": options.starts})
         drawn, _ = run(case, options.base, "sdedit", method="sdedit", grid={"start": options.sdedit})
         own, _ = run(case, options.base, "own", target_prompt=case.prompts[0])
+        free, _ = run(case, options.base, "free", keep_below=0)
         seconds.append(spent)
         results |= {f"swap, {cell}": image for cell, image in swapped.items()}
+        results |= {"nothing kept": free[""]}
         results |= {f"sdedit, {cell}": image for cell, image in drawn.items()} | {SAME: own[""]}
+        shown.append([case.before, *results.values()])
+        if case.name in IMAGIC[: options.imagic] and case.path.stem.endswith("_0"):
+            more, spent = run_imagic(case, options.base)
+            fits.append(spent)
+            results |= more
         for way, image in results.items():
             rows.setdefault(way, []).append(row_of(case, image, judge))
-        shown.append([case.before, *results.values()])
     table = {way: average(found) for way, found in rows.items()}
+    if fits:
+        print(f"\nimagic: {mean(fits):.0f} seconds for an edit at {len(ETAS)} etas, its fits among them")
     print(f"\n{'':22}" + "".join(f"{name:>11}" for name in table[SAME]))
     for way, means in table.items():
         cells = ("-" if value is None else f"{value:.2f}" for value in means.values())
         print(f"{way:22}" + "".join(f"{cell:>11}" for cell in cells))
-    for case, images in zip(cases, shown, strict=True):
-        told = "  ".join(
-            f"{way} {effect(case, image):.2f}" for way, image in zip(rows, images[1:], strict=True)
-        )
-        print(f"{case.name:22} effect of {told}")
+    ways = list(rows)[: len(shown[0]) - 1]  # without imagic's, which not every case has
+    for key in ("effect", "attribute"):
+        for way in ways if judge or key == "effect" else ():
+            of_kind = {name: [] for name in EDITS}
+            for case, row in zip(cases, rows[way], strict=True):
+                of_kind[case.name].append(row[key])
+            told = "  ".join(f"{name} {min(values):.2f}" for name, values in of_kind.items())
+            print(f"least {key} of {way:16} {told}")
     equal = all((levels(case.trip) == levels(row[-1])).all() for case, row in zip(cases, shown, strict=True))
     print(f"own prompt equal to the round trip: {equal}; seconds for a result {mean(seconds):.1f}")
-    labels = ["picture", *rows]
+    labels = ["picture", *ways]
     captions = [case.name for case in cases]
     save_png(contact_sheet(shown, row_labels=captions, column_labels=labels), OUT / "scenes.png")
     print(f"wrote {OUT / 'scenes.png'}")
-    report = {"scenes": len(cases), "equal": equal, "seconds": mean(seconds), "rows": table}
+    report = {"scenes": len(cases), "equal": equal, "seconds": mean(seconds), "imagic": fits, "rows": table}
     print(json.dumps(report))
 
 

@@ -151,11 +151,14 @@ def smooth_ratios(values: Values) -> str:
 
 
 SMOOTH = Part(
-    commands=(Command(("benchmarks/smooth.py", "--seeds", *SEEDS)),),
-    values=lambda said: [
+    commands=(
+        Command(("benchmarks/smooth.py", "--weights", "1", "--seeds", *SEEDS)),
+        Command(("benchmarks/smooth.py", "--weights", "30")),
+    ),
+    values=lambda mild, strong: [
         rounded(row, ("weight", "seed", *EVENNESS))
         | ({"of_weight_0": rounded(row["of_weight_0"], EVENNESS)} if row["weight"] is not None else {})
-        for row in said["rows"]
+        for row in [*mild["rows"], *strong["rows"][-1:]]
     ],
     shown={"weights": smooth_table, "ratios": smooth_ratios},
 )
@@ -164,39 +167,32 @@ MORPHS = ("max_over_mean", "step_cv", "directness", "middle_sharpness")
 
 
 def pairs_command(folder: str, *settings: str) -> Command:
-    return Command(("benchmarks/morph_pairs.py", "--alone", "--folder", folder, *settings))
+    some = ("--alone", "--guidance", "1", "--pairs", "0", "3", "8")
+    return Command(("benchmarks/morph_pairs.py", *some, "--folder", folder, *settings))
 
 
 def smooth_morph_values(plain: Values, smooth: Values) -> Values:
-    found = {}
-    for guidance in ("guidance_1", "guidance_2"):
-        films = [{row[0]: row[1] for row in said[guidance]["rows"]} for said in (plain, smooth)]
-        found[guidance] = {
-            key: {
-                "plain": round(mean(film[key] for film in films[0].values()), 4),
-                "smooth": round(mean(film[key] for film in films[1].values()), 4),
-                "ratio": round(mean(films[1][pair][key] / film[key] for pair, film in films[0].items()), 4),
-            }
-            for key in MORPHS
-        }
-    return found
+    """Figures of each pair under both fits."""
+    films = [{row[0]: row[1] for row in said["guidance_1"]["rows"]} for said in (plain, smooth)]
+    return {pair: {key: [round(film[pair][key], 4) for film in films] for key in MORPHS} for pair in films[0]}
 
 
 def smooth_morph_table(values: Values) -> str:
-    lines = []
-    for guidance, figures in values.items():
-        for who in ("plain", "smooth", "ratio"):
-            label = {
-                "plain": "`fit.json`",
-                "smooth": "`fit_smooth.json`",
-                "ratio": "ratio by pair, mean",
-            }
-            cells = [
-                f"{label[who]}, guidance {guidance[-1]}",
-                *(f"{figures[key][who]:.3f}" for key in MORPHS),
-            ]
-            lines.append(cells)
-    header = ["", "largest step / mean", "deviation / mean", "directness", "sharpness of the middle"]
+    lines = [
+        [pair, *(by_seed(figures[key], 3 if key == "step_cv" else 2) for key in MORPHS)]
+        for pair, figures in values.items()
+    ]
+    ratios = (
+        mean(smooth / plain for plain, smooth in (pair[key] for pair in values.values())) for key in MORPHS
+    )
+    lines.append(["smooth over plain, mean", *(f"{ratio:.3f}" for ratio in ratios)])
+    header = [
+        "plain; smooth",
+        "largest step / mean",
+        "deviation / mean",
+        "directness",
+        "sharpness of the middle",
+    ]
     return table(header, lines)
 
 

@@ -60,6 +60,7 @@ NO_TORCH = [
     "lorakit.diffusion.inversion_plan",
     "lorakit.weights.tokens",
     "lorakit.editing.edit_plan",
+    "lorakit.editing.imagic_fitting",
     "lorakit.editing.drag_plan",
     "lorakit.editing.drag_report",
     "lorakit.editing.point_page",

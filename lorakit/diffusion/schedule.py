@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lorakit.ground.errors import UserError
 
+WIDEST = 2.0
+"""Of two neighbouring steps' widths, the ratio by which a multistep method extrapolates at most."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -32,6 +34,21 @@ class Grid:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def extrapolated(self, i: int, epsilon: Tensor, before: Tensor | None) -> Tensor:
+        """What step i of two-step Adams-Bashforth in the log-SNR goes along; without `before`, `epsilon`.
+
+        eps_i + r / 2 (eps_i - eps_{i-1}), r = min(h_i / h_{i-1}, 2), h the widths of the steps in log-SNR: an
+        exponential multistep method of second order, as DPM-Solver's (Lu et al. 2022, arXiv:2206.00927).
+
+        Args:
+            epsilon: at node i; `before` at node i - 1.
+        """
+        if before is None:
+            return epsilon
+        last, here, next_ = (math.log(a / (1 - a)) for a in self.alpha_bar[i - 1 : i + 2])
+        ratio = min((next_ - here) / (here - last), WIDEST)
+        return epsilon + ratio / 2 * (epsilon - before)
 
     def nodes(self, stride: int) -> list[int]:
         """Every `stride`-th node, from the noise on, and the clean end."""

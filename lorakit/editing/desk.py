@@ -18,7 +18,20 @@ from lorakit.diffusion.models import Base
 from lorakit.diffusion.paths import Inverting, decode_picture, encode_picture, invert_cached
 from lorakit.editing.config import DRAWS, EditConfig, PictureConfig
 from lorakit.editing.edit_plan import EditPlan
-from lorakit.editing.swapping import Source, composed, last, latent_mask, redraw, rows_of, swap
+from lorakit.editing.imagic import Embedding
+from lorakit.editing.imagic_plan import embedding_of
+from lorakit.editing.swapping import (
+    Source,
+    blended,
+    composed,
+    last,
+    latent_mask,
+    redraw,
+    rows_of,
+    share_of,
+    swap,
+    with_reach,
+)
 from lorakit.ground.chunks import Chunks
 from lorakit.pictures.images import read_picture
 from lorakit.sampling.config import LoraEntry
@@ -65,21 +78,27 @@ class Desk:
         self.where = None if mask is None else latent_mask(mask, factor, base.device)
 
     def results(self, cell: EditConfig) -> Iterator[Result]:
-        """What a resolved cell of the grid asks for, one for each target and seed."""
+        """What a resolved cell of the grid, or of `parts_of` it, asks for: one for each target and seed."""
         loras = (*cell.all_loras(), *cell.prompt_loras())
         self.stack.use(loras)
         asked = [(target, seed) for target in cell.targets() for seed in cell.seeds()]
         texts = list(dict.fromkeys([cell.prompt, *cell.targets()]))  # equal texts have equal bits
         embeds, negative = self.encoder.encode(texts, cell.negative_prompt)
         states = dict(zip(texts, embeds.float().split(1), strict=True))
+        if cell.method == "imagic":
+            assert cell.lora is not None and cell.eta is not None
+            fitted = Embedding.read(embedding_of(cell.lora), self.base.device)
+            states[cell.targets()[0]] = fitted.between(cell.eta)
         row = self._row(states[cell.prompt], negative.float())
         source = self._source(cell, row, loras)
 
         def work(part: slice) -> list[Result]:
             begun, rows = time.perf_counter(), asked[part]
             wanted = rows_of(source.row, torch.cat([states[target] for target, _ in rows]))
-            latents = self._edited(cell, source, wanted, [seed for _, seed in rows])
+            latents, reach = self._edited(cell, source, wanted, [seed for _, seed in rows])
             images = [self._finished(image) for image in self.base.decode_pictures(latents)]
+            if reach is not None:
+                images = [self._near(*each, cell.keep_below) for each in zip(images, reach, strict=True)]
             seconds = (time.perf_counter() - begun) / len(rows)
             pairs = zip(rows, images, strict=True)
             return [Result(target, seed, image, seconds) for (target, seed), image in pairs]
@@ -90,7 +109,8 @@ class Desk:
     def fit_warnings(self) -> list[str]:
         """A line if the picture's LoRA does not fit the picture better than none does."""
         cfg = self.cfg
-        if cfg.lora is None or not any(cell.lora_weight for _, cell in cfg.numbered_cells()):
+        at_work = any(cell.lora_weight for _, cell in cfg.numbered_cells())
+        if cfg.lora is None or self.plan.fits or not at_work:
             return []
         losses = []
         for loras in ([], [LoraEntry(path=cfg.lora, weight=1.0, blocks={}, rank=None)]):
@@ -106,16 +126,23 @@ class Desk:
         ]
 
     @torch.no_grad()
-    def _edited(self, cell: EditConfig, source: Source, rows: Rows, seeds: Sequence[int]) -> Tensor:
+    def _edited(
+        self, cell: EditConfig, source: Source, rows: Rows, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents, and where they were led away from the picture, if anything is to be kept by that."""
         options: dict[str, Any] = {
             "guidance_scale": cell.sampler()[2],
             "start": cell.first_node(),
             "where": self.where,
         }
         if cell.method == "swap":
-            return last(swap(self.denoiser, source, rows, **options))
+            steps = swap(self.denoiser, source, rows, **options)
+            return with_reach(steps, source.path) if cell.keep_below else (last(steps), None)
         noise = picture_noise(self.base, seeds, self.plan.shape).float()
-        return last(redraw(self.denoiser, source, rows, noise, **options))
+        return last(redraw(self.denoiser, source, rows, noise, **options)), None
+
+    def _near(self, image: Image.Image, reach: Tensor, below: float) -> Image.Image:
+        return blended(image, self.round_trip, share_of(reach, below, self.base.info.vae_factor))
 
     def _finished(self, image: Image.Image) -> Image.Image:
         mask = self.plan.mask

@@ -17,7 +17,7 @@ from lorakit.diffusion.paths import decode_picture
 from lorakit.diffusion.schedule import ddim_step
 from lorakit.editing.desk import Desk
 from lorakit.editing.drag_config import DragConfig
-from lorakit.editing.drag_plan import GRID, DragPlan
+from lorakit.editing.drag_plan import GRID, DragPlan, holds_outside
 from lorakit.editing.drag_report import Drag, Found
 from lorakit.editing.dragging import Following, drag_latents
 from lorakit.editing.healing import heal, moved_latents
@@ -89,11 +89,12 @@ class DragDesk(Desk):
         return move(self._pixels, self.plan.ways, self.plan.radius(cell), inside)
 
     def look_for(self, cell: DragConfig, image: Image.Image, tracked: Sequence[Point]) -> list[Found]:
-        """Where the picture shows what was about each handle."""
+        """Where the picture shows what was about each handle, or what the moved pixels have at its target."""
         after, radius = _pixels_of(image), max(SMALLEST, round(self.plan.radius(cell)))
-        found = []
-        for (handle, _), place in zip(self.plan.ways, tracked, strict=True):
-            seen, likeness = find_again(after, self._pixels, handle, radius, self.plan.inside)
+        moved = cell.method == "warp"
+        before, found = self.moved_pixels(cell) if moved else self._pixels, []
+        for (handle, target), place in zip(self.plan.ways, tracked, strict=True):
+            seen, likeness = find_again(after, before, target if moved else handle, radius, self.plan.inside)
             found.append(Found(place, seen, likeness))
         return found
 
@@ -113,7 +114,7 @@ class DragDesk(Desk):
     def _pulled(self, cell: DragConfig, source: Source) -> tuple[Tensor, list[tuple[Point, ...]], str]:
         start, outside = cell.first_node(), None
         timestep, levels = source.grid.timesteps[start], source.grid.alpha_bar[start : start + 2]
-        if self.where is not None and cell.mask_weight:
+        if self.where is not None and holds_outside(cell, self.plan):
             outside = 1 - self.where
 
         def look(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +129,9 @@ class DragDesk(Desk):
         ways = [(_cell(handle), _cell(target)) for handle, target in self.plan.ways]
         pulls = list(drag_latents(look, source.path[start], ways, how, outside))
         track = [tuple(map(_pixel, pull.handles)) for pull in pulls]
-        stopped = "every handle arrived" if pulls[-1].arrived else "the iterations were used up"
-        return pulls[-1].latents, track, stopped
+        last, count = pulls[-1], len(pulls) - 1
+        stopped = f"{'every handle arrived after' if last.arrived else 'the handles had'} {count} iterations"
+        return last.latents, track, stopped
 
 
 def _pixels_of(image: Image.Image) -> Array:

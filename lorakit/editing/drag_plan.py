@@ -15,7 +15,7 @@ from lorakit.pictures.painted import read_mask
 from lorakit.pictures.warping import Point, Way, distance_to_edge
 from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.fitting import missing_loras
-from lorakit.sampling.forecast import memory_lines, model_lines
+from lorakit.sampling.forecast import backward_bytes, memory_lines, model_lines
 from lorakit.sampling.prompts import text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import clip_skip_notes
@@ -97,6 +97,7 @@ def make_drag_plan(cfg: DragConfig, base: BaseInfo | None = None) -> DragPlan:
     plan = DragPlan(base, view.shape, missing, mask, (), view, ways)
     _check_points(cfg, plan)
     for _, cell in cfg.numbered_cells():
+        _check_block(cell, base)
         loras = [lora.path for lora in (*cell.all_loras(), *cell.prompt_loras()) if lora.weight]
         present = [path for path in dict.fromkeys(loras) if path not in missing]
         for path in present:
@@ -105,6 +106,16 @@ def make_drag_plan(cfg: DragConfig, base: BaseInfo | None = None) -> DragPlan:
     texts = [(c.prompt, "") for _, c in cfg.numbered_cells()] + [(cfg.negative_prompt, "negative_prompt")]
     notes += text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base)
     return DragPlan(base, view.shape, missing, mask, tuple(dict.fromkeys(notes)), view, ways)
+
+
+def _check_block(cell: DragConfig, base: BaseInfo) -> None:
+    """Whether there is the block whose features are followed. Raises UserError: there is not."""
+    count = len(base.configs.get("unet", {}).get("up_block_types", ()))
+    if count and not -count <= cell.feature_block < count:
+        raise UserError(
+            f"feature_block {cell.feature_block}: this U-Net has {count} up blocks, {-count} to {count - 1}; "
+            "-2 is usual"
+        )
 
 
 def _check_points(cfg: DragConfig, plan: DragPlan) -> None:
@@ -191,6 +202,13 @@ def describe_drag(cfg: DragConfig, plan: DragPlan) -> list[str]:
     lines = model_lines(plan.base, [path for path in paths if path not in plan.missing])
     lines += [f"to train    {path}, with {cfg.fit_config}" for path in plan.missing]
     lines += memory_lines(cells, plan.base, [plan.shape])
+    pulled = [cell for cell in cells if cell.method == "drag"]
+    kept = [kept for cell in pulled if (kept := pull_bytes(cell, plan))]
+    if kept:
+        half = "" if cfg.mixed_precision == "no" else ", half of it in half precision"
+        lines.append(
+            f"            a pull of the latents keeps {max(kept) / 1e6:,.1f} MB for the way back{half}"
+        )
     lengths = ", ".join(f"{math.dist(*way) / plan.view.scale:.0f}" for way in plan.ways)
     lines.append(f"ways        {len(plan.ways)}, of {lengths} pixels")
     rows = sum(map(_evaluations, cells))
@@ -199,6 +217,17 @@ def describe_drag(cfg: DragConfig, plan: DragPlan) -> list[str]:
         f"work        {rows:,} rows through the U-Net at most, {inverted} before them for each new path"
     )
     return lines
+
+
+def holds_outside(cell: DragConfig, plan: DragPlan) -> bool:
+    """Whether the latents of the next step are held fast, for which the U-Net's pass must be whole."""
+    return plan.mask is not None and cell.mask_weight > 0
+
+
+def pull_bytes(cell: DragConfig, plan: DragPlan) -> int | None:
+    """What autograd keeps in float32 for the gradient of the latents; None of a base that is not known."""
+    block = None if holds_outside(cell, plan) else cell.feature_block
+    return backward_bytes(plan.base, plan.shape, 1, block=block)
 
 
 def _evaluations(cell: DragConfig) -> int:

@@ -12,6 +12,8 @@ from lorakit.pictures.warping import Point
 
 DIFFER = 4.0
 """Pixels of what the model sees from which tracker and picture do not agree: half a cell of SD's latents."""
+ALIKE = 0.6
+"""Correlation of colours below which the picture hardly shows what was dragged."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,12 @@ def track_of(plan: DragPlan, result: Drag) -> dict[str, Any]:
 def disagreements(plan: DragPlan, result: Drag) -> Iterator[str]:
     """A line for each handle whose tracker and picture do not agree."""
     for number, found in enumerate(result.found):
-        if not _agree(found):
+        if found.likeness < ALIKE:
+            yield (
+                f"way {number}: what was about the handle is hardly seen anywhere in the result: it may be "
+                "smaller than the base can show"
+            )
+        elif not _agree(found):
             away = math.dist(found.tracked, found.seen) / plan.view.scale
             yield (
                 f"way {number}: the handle is followed to {_own(plan, found.tracked)}, and what was about it "
@@ -71,7 +78,7 @@ def lines_of(plan: DragPlan, result: Drag) -> list[list[Point]]:
 
 
 def _agree(found: Found) -> bool:
-    return math.dist(found.tracked, found.seen) <= DIFFER
+    return math.dist(found.tracked, found.seen) <= DIFFER and found.likeness >= ALIKE
 
 
 def _own(plan: DragPlan, point: Point) -> list[float]:

@@ -1,18 +1,26 @@
 """What edit.py will do, worked out from its config and from files' headers. No torch here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lorakit.editing.config import DRAWS, EditConfig
+from lorakit.editing.imagic_plan import BATCH, ImagicFit, parts_of, plan_fits
 from lorakit.ground.errors import UserError
 from lorakit.pictures.images import image_size
 from lorakit.pictures.painted import read_mask
 from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.fitting import missing_loras
-from lorakit.sampling.forecast import memory_lines, model_lines
+from lorakit.sampling.forecast import (
+    LIBRARIES,
+    backward_bytes,
+    halves_of,
+    memory_lines,
+    model_lines,
+    time_words,
+)
 from lorakit.sampling.prompts import lora_files, text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import clip_skip_notes
@@ -26,12 +34,14 @@ SMALL_CHANGE = 0.5
 class EditPlan:
     """`shape` is (width, height) at which the picture is edited; `missing` LoRAs are to be trained first.
 
+    `fits` are those of imagic, missing or not.
     `mask` (H, W) in [0, 1], at that shape: 1 where the result may change; None: anywhere.
     """
 
     base: BaseInfo
     shape: tuple[int, int]
     missing: tuple[str, ...]
+    fits: tuple[ImagicFit, ...]
     mask: np.ndarray | None
     notes: tuple[str, ...]
 
@@ -52,15 +62,22 @@ def make_edit_plan(cfg: EditConfig, base: BaseInfo | None = None) -> EditPlan:
     if size != shape:
         notes.append(f"{cfg.image} is {size[0]}x{size[1]}, edited at {shape[0]}x{shape[1]}")
     mask = read_mask(cfg.mask, cfg.image, shape) if cfg.mask else None
-    missing = missing_loras([cfg.lora] if cfg.lora else [], cfg.train_if_missing, cfg.fit_config, "lora=null")
-    for _, cell in cfg.numbered_cells():
+    fits = plan_fits(cfg, base, shape)
+    wanted = [fit.lora for fit in fits] or ([cfg.lora] if cfg.lora else [])
+    with_config, otherwise = (cfg.imagic_config, "method=swap") if fits else (cfg.fit_config, "lora=null")
+    missing = missing_loras(wanted, cfg.train_if_missing, with_config, otherwise)
+    for cell in _parts(cfg, fits):
         loras = [lora.path for lora in (*cell.all_loras(), *cell.prompt_loras()) if lora.weight]
         present = [path for path in dict.fromkeys(loras) if path not in missing]
         for path in present:
             refuse_few_steps(path)
         notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0])]
     notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base, lora_files([cfg]))
-    return EditPlan(base, shape, missing, mask, tuple(dict.fromkeys(notes)))
+    return EditPlan(base, shape, missing, fits, mask, tuple(dict.fromkeys(notes)))
+
+
+def _parts(cfg: EditConfig, fits: Sequence[ImagicFit]) -> list[EditConfig]:
+    return [part for _, cell in cfg.numbered_cells() for part in parts_of(cell, fits)]
 
 
 def count_results(cfg: EditConfig) -> int:
@@ -73,15 +90,30 @@ def describe_edit(cfg: EditConfig, plan: EditPlan) -> list[str]:
     Raises:
         UserError: a LoRA that does not fit the base.
     """
-    cells = [cell.resolved()[0] for _, cell in cfg.numbered_cells()]
+    cells = [cell.resolved()[0] for cell in _parts(cfg, plan.fits)]
     paths = [lora.path for cell in cells for lora in (*cell.all_loras(), *cell.prompt_loras())]
     lines = model_lines(plan.base, [path for path in paths if path not in plan.missing])
-    lines += [f"to train    {path}, with {cfg.fit_config}" for path in plan.missing]
+    lines += _fit_lines(cfg, plan)
     lines += memory_lines(cells, plan.base, [plan.shape])
     rows = sum(map(_evaluations, cells))
     inverted = sum({cell.sampler()[1] for cell in cells if cell.method not in DRAWS})
     lines.append(f"work        {rows:,} rows through the U-Net, {inverted} before them for each new path")
-    return lines
+    return [*lines, f"time        {time_words(cfg, count_results(cfg))}"]
+
+
+def _fit_lines(cfg: EditConfig, plan: EditPlan) -> Iterator[str]:
+    """What is to be trained first, and what that needs."""
+    with_config = cfg.imagic_config if plan.fits else cfg.fit_config
+    for fit in plan.fits:
+        if left := fit.steps - fit.done:
+            yield f"to fit      {fit.embedding}, {left} steps of {BATCH} rows through the U-Net and back"
+    yield from (f"to train    {path}, with {with_config}" for path in plan.missing)
+    if any(fit.done < fit.steps for fit in plan.fits):
+        for half in halves_of(cfg.mixed_precision):
+            kept = backward_bytes(plan.base, plan.shape, min(BATCH, cfg.batch_size), half) or 0
+            unet = plan.base.parameters.get("unet", 0) * (2 if half else 4)
+            total = f"about {(kept + unet + LIBRARIES) / 1e6:,.0f} MB"
+            yield f"            {total} in {'half precision' if half else 'float32'}"
 
 
 def _evaluations(cell: EditConfig) -> int:
@@ -119,6 +151,8 @@ def _cell_notes(cell: EditConfig) -> Sequence[str]:
         notes.append("target_prompt is the prompt: the result is what the autoencoder makes of the picture")
     if cell.method == "swap" and cell.start >= SMALL_CHANGE:
         notes.append(f"start {cell.start:g} takes over most of the picture: little will change")
-    if cell.method in DRAWS and not first:
+    if cell.method == "imagic" and (cell.eta or 0) > 1:
+        notes.append(f"eta {cell.eta:g} is past the target, where nothing was fitted: colours burn")
+    if cell.method == "sdedit" and not first:
         notes.append(f"{cell.method} from start 0 keeps next to nothing of the picture; 0.2 to 0.5 is usual")
     return notes

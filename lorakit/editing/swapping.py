@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import interpolate, max_pool2d
 
 from lorakit.diffusion.denoiser import Denoiser, Rows, join_rows
 from lorakit.diffusion.inversion import edit_anchored, sample
@@ -95,6 +95,23 @@ def redraw(
         yield latents
 
 
+def with_reach(steps: Iterator[Tensor], path: Tensor) -> tuple[Tensor, Tensor]:
+    """The last step's latents, and (B, h, w) in [0, 1] how far each place has been led away from `path`.
+
+    The mean over the steps of the distance, each by that of its farthest place.
+
+    Args:
+        steps: those that end at the picture's node.
+    """
+    latents, shares = path[-1], []
+    found = list(steps)
+    for latents, own in zip(found, path[len(path) - len(found) :], strict=True):
+        distance = (latents - own).square().mean(1).sqrt()
+        most = distance.amax((1, 2), keepdim=True)
+        shares.append(distance / most.clamp_min(1e-12))
+    return latents, torch.stack(shares).mean(0)
+
+
 def last(steps: Iterator[Tensor]) -> Tensor:
     """The latents of the picture's node."""
     *_, latents = steps
@@ -126,5 +143,16 @@ def composed(edited: Image.Image, round_trip: Image.Image, mask: np.ndarray, fac
         ImageFilter.GaussianBlur(factor / 4)
     )
     share = np.minimum(mask, np.asarray(inner, np.float32) / 255)
+    return blended(edited, round_trip, share)
+
+
+def blended(edited: Image.Image, round_trip: Image.Image, share: np.ndarray) -> Image.Image:
+    """`edited` where `share` (H, W) is 1, `round_trip` to the bit where it is 0 or both are the same."""
     a, b = to_array(round_trip), to_array(edited)
     return from_array(a + share * (b - a))
+
+
+def share_of(reach: Tensor, below: float, factor: int) -> np.ndarray:
+    """(H, W): 0 where `reach` (h, w) is below half of `below`, 1 from `below` on, a ramp between them."""
+    share = (2 * reach / below - 1).clamp(0, 1)[None, None]
+    return interpolate(share, scale_factor=factor, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()

@@ -49,7 +49,8 @@ class MorphConfig(Config):
     train_if_missing: bool = Field(False, description="fit the LoRAs that do not exist yet, by train_lora.py with fit_config")
     fit_config: str = Field("cfg/morph/fit.json", description="training config for it")
 
-    num_inference_steps: int = Field(50, ge=2, le=999, description="DDIM steps, of inversion and sampling alike")
+    solver: Literal["ddim", "ab2"] = Field("ddim", description="of sampling; ab2: two-step Adams-Bashforth, whose 20 steps are nearly 50 of ddim")
+    num_inference_steps: int = Field(50, ge=2, le=999, description="steps, of inversion and sampling alike")
     guidance_scale: float = Field(1.0, ge=1, description="classifier-free guidance of sampling; above 1 doubles the work")
     inversion_method: Literal["ddim", "fixed_point"] = Field("ddim", description="fixed_point finds noise from which sampling comes back by itself, at several times the evaluations")
     fixed_point_iterations: int = Field(3, ge=1, le=20, description="of fixed_point, at most, in each step")
@@ -88,6 +89,8 @@ class MorphConfig(Config):
             raise ValueError("compare, images: no picture has a LoRA, so there is nothing to compare")
         if self.embedding_dirs and self.prompt_syntax == "plain":
             raise ValueError('embedding_dirs, prompt_syntax: learnt words are read with prompt_syntax "a1111"')
+        if self.inversion_method == "fixed_point" and self.solver != "ddim":
+            raise ValueError('inversion_method, solver: fixed_point seeks the noise from which ddim comes back, and does not go with ab2')
         return self
 # fmt: on
 

@@ -39,6 +39,7 @@ class Settings:
     adain: bool = True
     anchor: bool = True
     residual_power: float = 2.0
+    solver: str = "ddim"
 
     @classmethod
     def of(cls, cfg: MorphConfig) -> "Settings":
@@ -50,13 +51,14 @@ class State:
     """The latents after `step` steps: `frames` (F, C, h, w) and `ends` (E, C, h, w).
 
     `residual_ratio` (E,): the norm of what a step misses the picture's path by, over that of the step, in the
-    mean of the steps so far.
+    mean of the steps so far; `noise` (E + F, C, h, w): what the last of them evaluated, if the solver asks.
     """
 
     step: int
     frames: Tensor
     ends: Tensor
     residual_ratio: Tensor
+    noise: Tensor | None = None
 
 
 def frame_rows(ends: Ends, lies: Between, control: Tensor | None = None) -> Rows:
@@ -92,7 +94,7 @@ def denoise(
     chunks: Chunks,
     state: State,
 ) -> Iterator[State]:
-    """Steps of DDIM from `state` to the pictures; yields the state after each.
+    """Steps of the solver from `state` to the pictures; yields the state after each.
 
     Anchored, each picture is put back on its own path after every step, and each frame moves by
     (1 - alpha)^p d_left + alpha^p d_right, with d what the pictures' steps missed their paths by. So frames
@@ -107,19 +109,19 @@ def denoise(
 
     everything, pictures = join_rows([ends.rows, rows]), len(ends.rows)
 
-    def step_rows(i: int, latents: Tensor, at: slice) -> Tensor:
+    def noise_of(i: int, latents: Tensor, at: slice) -> Tensor:
         shares = denoiser.shared is not None and i < settings.attention_share * len(grid)
         look = _look(lies, pictures, at) if shares else {}
-        latents, g = latents[at], settings.guidance_scale
-        noise = denoiser(latents, grid.timesteps[i], everything[at], g, **look)
-        return ddim_step(latents, noise, grid.alpha_bar[i], grid.alpha_bar[i + 1])
+        return denoiser(latents[at], grid.timesteps[i], everything[at], settings.guidance_scale, **look)
 
     for i in range(state.step, len(grid)):
         latents = torch.cat([state.ends, state.frames])  # pictures first: frames look at them in this pass
         if denoiser.single:  # runs rows one by one, so that chunks would only mix up the recorded halves
-            latents = step_rows(i, latents, slice(0, len(latents)))
+            noise = noise_of(i, latents, slice(0, len(latents)))
         else:
-            latents = chunks.map(len(latents), partial(step_rows, i, latents))
+            noise = chunks.map(len(latents), partial(noise_of, i, latents))
+        along = grid.extrapolated(i, noise, state.noise)
+        latents = ddim_step(latents, along, grid.alpha_bar[i], grid.alpha_bar[i + 1])
         stepped, frames = latents.tensor_split([pictures])
         moved = (stepped - state.ends).flatten(1).norm(dim=1)
         missed = torch.zeros_like(stepped)
@@ -128,7 +130,7 @@ def denoise(
         frames = frames + left * missed[lies.left] + right * missed[lies.right]
         ratio = missed.flatten(1).norm(dim=1) / moved.clamp_min(1e-12)
         ratio = state.residual_ratio.to(ratio) + (ratio - state.residual_ratio.to(ratio)) / (i + 1)
-        state = State(i + 1, frames, stepped, ratio)
+        state = State(i + 1, frames, stepped, ratio, noise if settings.solver == "ab2" else None)
         yield state
 
 

@@ -110,6 +110,8 @@ class Studio:
     def _save(self, path: Path, state: morphing.State) -> None:
         told = {"step": str(state.step), "chunk": str(self.chunks.size)}
         tensors = {"frames": state.frames, "ends": state.ends, "residual_ratio": state.residual_ratio}
+        if state.noise is not None:
+            tensors["noise"] = state.noise
         publish_file(path, serialize(tensors, told))
 
     def _load(self, path: Path) -> morphing.State | None:
@@ -118,9 +120,9 @@ class Studio:
         try:
             tensors, told = read_tensors(path)
             moved = {name: tensor.to(self.base.device) for name, tensor in tensors.items()}
-            state = morphing.State(int(told["step"]), moved["frames"], moved["ends"], moved["residual_ratio"])
+            state = morphing.State(int(told["step"]), **moved)
             self.chunks.size = int(told["chunk"])
-        except (UserError, KeyError, ValueError):  # damaged: the pass starts anew
+        except (UserError, KeyError, TypeError, ValueError):  # damaged: the pass starts anew
             return None
         return state
 

@@ -17,6 +17,10 @@ from lorakit.weights.tokens import read_tokenizer
 LIBRARIES = 500_000_000  # bytes of torch, diffusers and peft on a CPU, and about those of CUDA
 UNET_TENSORS = 6.0  # of the size of a level's output that are held at once, the skips among them
 VAE_TENSORS = 4.0  # of the widest channels at full size
+# Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
+RESNET_TENSORS, TRANSFORMER_TENSORS = 10.0, 25.0
+TWICE, SCORES = 1.4, 3.0  # of a row that is differentiated twice: more of the same, and matrices of scores
+LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS = 6.0, 20.0  # of a large base, whose frozen layers keep less
 
 
 def describe_sampling(
@@ -42,7 +46,7 @@ def describe_sampling(
     lines.append(
         f"work        {evaluations:,} rows through the U-Net, {evaluations / pictures:,.0f} a picture"
     )
-    return [*lines, f"time        {_time(configs[0], pictures)}"]
+    return [*lines, f"time        {time_words(configs[0], pictures)}"]
 
 
 def model_lines(info: BaseInfo, loras: Iterable[str], more: Shapes | None = None) -> list[str]:
@@ -55,7 +59,7 @@ def model_lines(info: BaseInfo, loras: Iterable[str], more: Shapes | None = None
     return lines + [f"LoRA        {path}: {fit_of(path, info, more)}" for path in dict.fromkeys(loras)]
 
 
-def _time(cfg: SamplingConfig, pictures: int) -> str:
+def time_words(cfg: SamplingConfig, pictures: int) -> str:
     """By the run whose place this one takes; a machine's speed stands in no file."""
     folder = Path(cfg.output_dir) / cfg.name
     try:
@@ -93,8 +97,7 @@ def memory_lines(
     latents = pixels // info.vae_factor**2
     inside = sum(width * latents / 4**level * UNET_TENSORS for level, width in levels) * rows
     decoder = vae["block_out_channels"][min(1, len(vae["block_out_channels"]) - 1)] * pixels * VAE_TENSORS
-    halves = {"no": (False,), "auto": (False, True)}.get(configs[0].mixed_precision, (True,))
-    for half in halves:
+    for half in halves_of(configs[0].mixed_precision):
         size = 2 if half else 4
         others = sum(count for part, count in info.parameters.items() if part != "vae") + extra
         parts = {
@@ -105,3 +108,53 @@ def memory_lines(
         shown = ", ".join(f"{name} {each / 1e6:,.0f} MB" for name, each in parts.items())
         total = f"about {sum(parts.values()) / 1e6:,.0f} MB in {'half precision' if half else 'float32'}"
         yield f"memory      {total} ({shown})"
+
+
+def halves_of(mixed_precision: str) -> tuple[bool, ...]:
+    """Whether it means half precision; both where the machine decides."""
+    return {"no": (False,), "auto": (False, True)}.get(mixed_precision, (True,))
+
+
+def backward_bytes(
+    info: BaseInfo,
+    shape: tuple[int, int],
+    rows: int,
+    half: bool = False,
+    *,
+    twice: int = 0,
+    block: int | None = None,
+) -> int | None:
+    """Bytes that the U-Net keeps of one pass for backward: an estimate; None where its config is not here.
+
+    Counted per level of the U-Net as (resnets, transformers) x channels x latent pixels, with the number of
+    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md). Rows
+    that are differentiated twice keep the scores of self-attention too, heads x latent pixels squared.
+
+    Args:
+        shape: (width, height) in pixels.
+        twice: of the rows, those that are differentiated twice.
+        block: up block at which the pass ends; None: it is whole.
+    """
+    unet = info.configs.get("unet")
+    if not unet:
+        return None
+    pixels = math.prod(shape) // info.vae_factor**2
+    channels, layers = unet["block_out_channels"], unet["layers_per_block"]
+    levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
+    lowest = 0 if block is None else len(channels) - 1 - block % len(channels)  # level that is reached again
+    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
+    heads = [heads] * len(channels) if isinstance(heads, int) else heads
+    elements = scores = 0.0
+    of_resnet, of_transformer = RESNET_TENSORS, TRANSFORMER_TENSORS
+    if info.is_large:
+        of_resnet, of_transformer = LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS
+    for level, (count, down, up) in enumerate(levels):
+        here = count * pixels / 4**level
+        last = level == len(channels) - 1  # the middle block counts with it
+        back = (layers + 1) * (level >= lowest)
+        resnets = layers + back + 2 * last
+        transformers = ("Cross" in down) * layers + ("Cross" in up) * back + last
+        elements += here * (of_resnet * resnets + of_transformer * transformers)
+        scores += transformers * heads[level] * (pixels / 4**level) ** 2
+    total = elements * rows + twice * (TWICE * elements + SCORES * scores)
+    return int(total * (2 if half else 4))

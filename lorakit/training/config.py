@@ -73,6 +73,7 @@ class TrainConfig(Config):
     caption_orders: int = Field(16, ge=2, le=1000, description="orders of a caption that are cached for caption_shuffle, its own among them")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of samples shown without caption, for guidance")
     missing_captions: MissingCaptions = Field("error", description="a picture without caption: stop, leave it out, train it with an empty one, or with the name of its folder without a number")
+    prompt_embeds: str | None = Field(None, min_length=1, description="file of text states that stand for every caption, but for an empty one, as edit.py fits them to a picture; null: captions are encoded")
     broken_images: Literal["error", "skip"] = Field("error", description="a picture that cannot be decoded: stop, or leave it out")
     allow_symlinks: bool = Field(False, description="follow links that lead out of data_dir")
     max_image_pixels: int = Field(64_000_000, gt=0, description="pixels: larger pictures are refused before they are decoded")
@@ -186,6 +187,8 @@ class TrainConfig(Config):
             raise ValueError("keep_tokens, caption_shuffle: tags are kept in place only where caption_shuffle moves the others")
         if self.repeats is not None and self.data_dir is None:
             raise ValueError("repeats, dataset_name: repeats go by the folders of data_dir")
+        if self.prompt_embeds and (self.train_text_encoder or self.textual_inversion):
+            raise ValueError("prompt_embeds, train_text_encoder, textual_inversion: text states that are given leave nothing of the text encoder to train")
         if self.resume_from_checkpoint and self.overwrite:
             raise ValueError("resume_from_checkpoint, overwrite: continue the run or replace it, not both")
         if self.embedding_dirs and self.prompt_syntax == "plain":
@@ -198,7 +201,7 @@ class TrainConfig(Config):
 # What may change when a run is resumed. The rest is fixed: it would make another run of it.
 APPLIED = {"learning_rate", "text_encoder_learning_rate", "lr_scheduler_name", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_step_rules", "n_epochs", "max_train_steps", "adam_weight_decay", "max_grad_norm"}
 FREE = {
-    "caption_extension", "caption_lines", "init_lora", "base_loras",
+    "caption_extension", "caption_lines", "init_lora", "base_loras", "prompt_embeds",
     "train_batch_size", "gradient_accumulation_steps", "total_batch_size", "mixed_precision", "enable_xformers_memory_efficient_attention",
     "gradient_checkpointing", "allow_tf32", "torch_compile", "deterministic", "data_dir", "missing_captions", "broken_images", "allow_symlinks",
     "max_image_pixels", "max_aspect", "cache_dir", "dataloader_num_workers", "dataset_name", "dataset_config_name", "dataset_split",

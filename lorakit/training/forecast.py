@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.ground.publish import existing_parent
-from lorakit.sampling.forecast import LIBRARIES
+from lorakit.sampling.forecast import LIBRARIES, backward_bytes, halves_of
 from lorakit.sampling.prompts import text_notes
 from lorakit.training.class_pictures import shows_class
 from lorakit.training.objective_config import kinds_of, prompts_of
@@ -22,11 +22,6 @@ from lorakit.weights.base_settings import base_line, text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS
 from lorakit.weights.tokens import overlong, unread_notes
-
-# Tensors of channels x pixels that one block keeps for backward, by autograd's report (docs/LOG.md).
-RESNET_TENSORS, TRANSFORMER_TENSORS = 10.0, 25.0
-TWICE, SCORES = 1.4, 3.0  # of a row that is differentiated twice: more of the same, and matrices of scores
-LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS = 6.0, 20.0  # of a large base, whose frozen layers keep less
 
 
 def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
@@ -59,39 +54,14 @@ def checkpoint_bytes(cfg: Any, base: BaseInfo) -> int:
 
 
 def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
-    """Bytes that the U-Net keeps for backward, per micro-batch of one process: an estimate.
-
-    Counted per level of the U-Net as (resnets, transformers) x channels x latent pixels, with the number of
-    tensors of that size that a resnet and a transformer block keep, by autograd's report (docs/LOG.md). Rows
-    that are differentiated twice keep the scores of self-attention too, heads x latent pixels squared.
-    """
-    unet = plan.base.configs.get("unet")
-    if not unet:
-        return None
-    width, height = max(plan.shapes, key=math.prod)
-    pixels = width * height // plan.base.vae_factor**2
-    channels, layers = unet["block_out_channels"], unet["layers_per_block"]
-    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
-    heads = [heads] * len(channels) if isinstance(heads, int) else heads
-    levels = zip(channels, unet["down_block_types"], reversed(unet["up_block_types"]), strict=True)
-    elements = scores = 0.0
-    of_resnet, of_transformer = RESNET_TENSORS, TRANSFORMER_TENSORS
-    if plan.base.is_large:
-        of_resnet, of_transformer = LEAN_RESNET_TENSORS, LEAN_TRANSFORMER_TENSORS
-    for level, (count, down, up) in enumerate(levels):
-        here = count * pixels / 4**level
-        last = level == len(channels) - 1  # the middle block counts with it
-        resnets = layers + (layers + 1) + 2 * last
-        transformers = ("Cross" in down) * layers + ("Cross" in up) * (layers + 1) + last
-        elements += here * (of_resnet * resnets + of_transformer * transformers)
-        scores += transformers * heads[level] * (pixels / 4**level) ** 2
-    scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
+    """Bytes that the U-Net keeps for backward, per micro-batch of one process: an estimate."""
     rows = cfg.train_batch_size + (math.ceil(cfg.train_batch_size / cfg.prior.every) if cfg.prior else 0)
-    total = elements * rows
+    twice = 0
     if any(kind.double_backward for kind in kinds_of(cfg)):
         twice = math.ceil(cfg.train_batch_size / smooth_settings(cfg).every)
-        total += twice * (TWICE * elements + SCORES * scores)
-    return int(total * (2 if half else 4) * scale)
+    kept = backward_bytes(plan.base, max(plan.shapes, key=math.prod), rows, half, twice=twice)
+    scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
+    return None if kept is None else int(kept * scale)
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
@@ -131,8 +101,7 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
         start = cfg.textual_inversion.words[word]
         lines.append(f"word        {word}, {cfg.textual_inversion.vectors} vector(s) from {start!r}: {path}")
     if base.known:
-        choices = {"no": (False,), "auto": (False, True)}.get(cfg.mixed_precision, (True,))
-        for half in choices:
+        for half in halves_of(cfg.mixed_precision):
             parts = predict_memory(cfg, plan, half)
             shown = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items())
             total = f"about {sum(parts.values()) / 1e6:,.0f} MB in {'half precision' if half else 'float32'}"

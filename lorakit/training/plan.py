@@ -22,6 +22,7 @@ from lorakit.training.order import holds_steps
 from lorakit.training.words_config import check_words, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip
+from lorakit.weights.text_states import check_states
 
 LONGEST_NAME = 255  # bytes, on nearly every file system
 MUCH = 0.1  # of a picture, cropped
@@ -79,8 +80,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
     """
     _check_names(cfg)
     base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
-    check_clip_skip(base, cfg.clip_skip)
-    _check_targets(cfg, base)
+    _check_for(cfg, base)
     resolution = cfg.resolution or base.resolution
     if resolution % base.vae_factor:
         raise UserError(f"resolution {resolution}: must divide by the base's VAE factor, {base.vae_factor}")
@@ -174,6 +174,14 @@ def _check_names(cfg: Any) -> None:
             raise UserError(f"{path}: a folder has the name of the LoRA file; rename it or change ckpt_name")
     if cfg.cache_dir and not (cache := existing_parent(Path(cfg.cache_dir))).is_dir():
         raise OutputError(f"cache_dir {cfg.cache_dir}: {cache} is a file; choose another folder")
+
+
+def _check_for(cfg: Any, base: BaseInfo) -> None:
+    """Refuse what this base has not, or cannot take."""
+    check_clip_skip(base, cfg.clip_skip)
+    _check_targets(cfg, base)
+    if cfg.prompt_embeds:
+        check_states(cfg.prompt_embeds, base)
 
 
 def _check_targets(cfg: Any, base: BaseInfo) -> None:

@@ -31,6 +31,7 @@ from lorakit.training.resume import base_loras_record
 from lorakit.training.watch import Embed, Embeds, SampleSheet
 from lorakit.training.words_config import encodes_text
 from lorakit.weights.identity import base_identity
+from lorakit.weights.text_states import read_states
 
 
 def prepare(
@@ -103,7 +104,12 @@ def class_data(cfg, plan: Plan, base: Base, accelerator, between: Callable[[], N
         merged = base_loras_record(cfg)
         options = (plan.resolution, plan.cache_dir, merged, accelerator, between)
         table = make_pictures(cfg, base, *options)
-    own = {"seed": derive_seed(cfg.seed, "class pictures"), "masked_loss": None, "caption_dropout": 0.0}
+    own = {
+        "seed": derive_seed(cfg.seed, "class pictures"),
+        "masked_loss": None,
+        "caption_dropout": 0.0,
+        "prompt_embeds": None,
+    }
     shapes = [(plan.resolution, plan.resolution)] * len(table.rows)
     views = [views_of(row, shape) for row, shape in zip(table.rows, shapes, strict=True)]
     return _cached(cfg.model_copy(update=own), plan, base, accelerator, between, table, shapes, views, ())
@@ -141,6 +147,9 @@ def _cached(
             cache_text_states(own, base, plan.cache_dir, text_hash, where)
             accelerator.wait_for_everyone()
         states = cache_text_states(prompts, base, plan.cache_dir, text_hash, where)
+        if cfg.prompt_embeds:
+            captions = {caption for row in table.rows for caption in row.captions if caption}
+            states |= dict.fromkeys(captions, read_states(cfg.prompt_embeds).to(where))
     accelerator.wait_for_everyone()
     entries = [view.entry(plan.cache_dir, vae_hash) for view in views]
     budget = on_device, in_memory

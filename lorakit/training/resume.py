@@ -16,6 +16,7 @@ from lorakit.training.objective_config import prompts_of
 from lorakit.training.plan import Plan
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.identity import base_record, changes
+from lorakit.weights.text_states import states_digest
 
 STATE_VERSION = 1
 
@@ -43,6 +44,7 @@ def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
         "dataset": plan.table.fingerprint,
         "base_loras": base_loras_record(cfg),
         "prompts": list(prompts_of(cfg)),
+        "prompt_embeds": states_digest(cfg.prompt_embeds),
         "class_pictures": class_record(cfg, plan.resolution, plan.class_table),
         "teacher_loras": lora_digests(teacher_loras(cfg)),
         "resolution": plan.resolution,
@@ -128,6 +130,8 @@ def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
         lines.append("base_loras: other files or weights")
     if state.get("prompts", []) != list(prompts_of(cfg)):
         lines.append("prompts of the objectives: others")
+    if state.get("prompt_embeds") != states_digest(cfg.prompt_embeds):
+        lines.append("prompt_embeds: other text states")
     if state.get("class_pictures") != class_record(cfg, plan.resolution, plan.class_table):
         lines.append("pictures of the class: others")
     if state.get("teacher_loras", []) != lora_digests(teacher_loras(cfg)):

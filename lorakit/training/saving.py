@@ -23,10 +23,11 @@ from lorakit.training.resume import STATE_VERSION, read_state
 from lorakit.training.setup import Learner, resolve_precision
 from lorakit.training.words_config import stem_of, word_paths
 from lorakit.weights.lora_file import component_of, folded, lora_bytes
-from lorakit.weights.lora_metadata import Component, training_metadata
+from lorakit.weights.lora_metadata import STATES_KEY, Component, training_metadata
 from lorakit.weights.lora_reader import read_lora
 from lorakit.weights.optimizer_state import pack_optimizer, unpack_optimizer
 from lorakit.weights.tensors import serialize
+from lorakit.weights.text_states import states_digest
 
 DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by save_dtype
 _BEST = ("best", "best_words")  # files of a checkpoint
@@ -157,6 +158,8 @@ def write_lora(
         num_images=pictures,
         sampler=sampler_of(cfg),
     )
+    if cfg.prompt_embeds:
+        metadata[STATES_KEY] = str(states_digest(cfg.prompt_embeds))
     if cfg.trigger_word:
         metadata["modelspec.trigger_phrase"] = cfg.trigger_word
     dtype = DTYPES[cfg.save_dtype]

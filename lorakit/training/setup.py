@@ -162,7 +162,9 @@ class Learner:
         self.rates = [group["lr"] for group in groups]
         self.lr_factor = learning_rate_schedule(cfg, steps)
         wrapped = torch.compile(self.unet) if cfg.torch_compile else self.unet
-        self.student, self.optimizer = accelerator.prepare(wrapped, optimizer)
+        # Without a LoRA nothing in it is averaged over processes, and DistributedDataParallel refuses it.
+        self.student = accelerator.prepare_model(wrapped, evaluation_mode=not trains_lora(cfg))
+        self.optimizer = accelerator.prepare(optimizer)
         self.text_student = None
         if self.text_encoder is not None:
             self.text_student = accelerator.prepare(self.text_encoder)

@@ -13,6 +13,8 @@ Component = Literal["unet", "text_encoder"]
 ADAPTER_KEY = "lora_adapter_metadata"
 HINTS_KEY = "lorakit.sampling"
 """The key of a LoRA's metadata that holds the sampler it was trained for, as JSON."""
+STATES_KEY = "lorakit.prompt_embeds"
+"""The key that holds the sha256 of the text states under which a LoRA was fitted, where there were any."""
 
 
 # ---- training ----

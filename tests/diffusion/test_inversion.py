@@ -113,6 +113,23 @@ def test_there_and_back_misses_the_picture_by_order_1():
     assert all(0.8 < math.log2(a / b) < 1.2 for a, b in itertools.pairwise(errors)), errors
 
 
+@pytest.mark.parametrize(("order", "low", "high"), [(1, 1.5, 2.5), (2, 3.2, 6.0)])
+def test_what_a_sampler_misses_falls_with_the_steps_as_its_order_says(order, low, high):
+    """Gaussian data have a known path; twice the steps make a half of the error, or a quarter."""
+
+    def missed(steps, order=order):
+        grid, before = SCHEDULE.grid(steps), None
+        x = flow(latents(), grid.alpha_bar[-1], grid.alpha_bar[0])
+        for i, timestep in enumerate(grid.timesteps):
+            epsilon = gaussian(x, timestep)
+            x = ddim_step(x, grid.extrapolated(i, epsilon, before), grid.alpha_bar[i], grid.alpha_bar[i + 1])
+            before = epsilon if order == 2 else None
+        return float((x - latents()).abs().mean())
+
+    assert low < missed(10) / missed(20) < high
+    assert order == 1 or missed(20) < missed(50, order=1) / 2
+
+
 def test_one_latent_is_given_for_each_step_and_one_evaluation_spent(network):
     predict, denoiser, _ = network()
     grid = SCHEDULE.grid(7)

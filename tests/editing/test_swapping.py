@@ -8,7 +8,18 @@ from PIL import Image
 from lorakit.diffusion import inversion
 from lorakit.diffusion.denoiser import Denoiser, Rows
 from lorakit.diffusion.schedule import NoiseSchedule
-from lorakit.editing.swapping import Source, composed, last, latent_mask, redraw, rows_of, swap
+from lorakit.editing.swapping import (
+    Source,
+    blended,
+    composed,
+    last,
+    latent_mask,
+    redraw,
+    rows_of,
+    share_of,
+    swap,
+    with_reach,
+)
 
 SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.005, 1000).double())
 STEPS = 6
@@ -47,6 +58,30 @@ def test_the_picture_s_own_words_give_it_to_the_bit_and_others_do_not(desk, guid
     found = last(swap(denoiser, source, rows_of(source.row, words), guidance_scale=guidance, start=start))
     assert torch.equal(found[1:2], source.latents)
     assert all(rms(found[i] - source.latents[0]) > 1e-3 for i in (0, 2))
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_the_reach_is_1_where_words_lead_farthest_and_0_where_they_lead_nowhere(desk, start):
+    denoiser, source = desk
+    words = torch.cat([embeds(1, 7), source.row.prompt_embeds])
+    where = torch.ones(1, 1, 8, 8)
+    where[..., 3:] = 0
+    options = dict(start=start, where=where)
+    latents, reach = with_reach(swap(denoiser, source, rows_of(source.row, words), **options), source.path)
+    assert torch.equal(latents, last(swap(denoiser, source, rows_of(source.row, words), **options)))
+    assert reach.shape == (2, 8, 8) and reach[0].max() <= 1 and reach[0, :, :3].min() > 0
+    assert not reach[0, :, 3:].any() and not reach[1].any()
+
+
+def test_the_share_is_a_ramp_from_half_of_the_threshold_on():
+    reach = torch.tensor([[0.0, 0.1], [0.15, 0.2]])
+    share = share_of(reach, 0.2, 8)
+    assert share.shape == (16, 16)
+    corners = [share[0, 0], share[0, -1], share[-1, 0], share[-1, -1]]
+    np.testing.assert_allclose(corners, [0, 0, 0.5, 1], atol=1e-6)
+    one, other = (Image.new("RGB", (16, 16), colour) for colour in ("white", "black"))
+    found = np.asarray(blended(one, other, share))
+    assert (found[:4] == 0).all() and (found[-1, -1] == 255).all() and 120 < found[-1, 0, 0] < 135
 
 
 def test_a_row_does_not_depend_on_its_batch(desk):

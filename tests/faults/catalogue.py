@@ -1,8 +1,8 @@
 """Every fault that this toolkit promises to survive or to explain, and the tests that prove it.
 
 Families: L the life of a run, D data sets, I pictures, F LoRA files and bases, C configs, B bases as they are
-published. `code` is the exit code that a script ends with; a test is named by its file below tests/ and its
-function, `::` between them.
+published, P drags. `code` is the exit code that a script ends with; a test is named by its file below tests/
+and its function, `::` between them.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,7 @@ FAMILIES = {
     "F": "LoRA files and bases",
     "C": "configs",
     "B": "bases as published",
+    "P": "drags",
 }
 
 
@@ -34,7 +35,9 @@ CONFIGS, FOLDER, IMAGES = "faults/test_configs.py::test_", "test_folder.py::test
 TRAIN, MORPH, RUNS = "test_train.py::test_", "test_morph.py::test_", "test_runs.py::test_"
 BASES, SINGLE, HUB = "faults/test_bases.py::test_", "test_single_file.py::test_", "test_hub.py::test_"
 LAYOUTS, CHANGED = "test_layouts.py::test_", "test_changed_base.py::test_"
+IMAGIC = "test_edit_imagic.py::test_"
 LORA_FILE, MIX = "test_lora_file.py::test_", "test_mix_lora.py::test_"
+DRAGS, DRAG = "faults/test_drags.py::test_", "test_drag.py::test_"
 
 ROWS = (
     Row(
@@ -43,8 +46,10 @@ ROWS = (
         "0 after the same command",
         (
             f"{TRAIN}kill_9_at_twenty_random_moments_and_resume_equals_a_straight_run",
+            "test_every_objective.py::test_kill_9_at_ten_random_moments_and_resume_equals_a_straight_run",
             f"{MORPH}kill_9_at_random_moments_and_the_same_command_gives_the_same_bytes",
             f"{MORPH}kill_9_before_every_kind_of_rename_leaves_nothing_half_done",
+            f"{IMAGIC}kill_9_before_every_kind_of_rename_and_the_same_command_gives_the_same_bytes",
             f"{RUNS}a_run_that_always_saves_is_killed_25_times_and_its_newest_checkpoint_is_always_good",
             f"{RUNS}a_kill_at_any_third_line_of_a_save_costs_nothing",
             f"{RUN}l1_the_soak_sees_what_is_not_whole",
@@ -102,6 +107,7 @@ ROWS = (
             f"{TRAIN}a_signal_stops_after_the_step_and_the_printed_command_resumes",
             f"{TRAIN}a_launcher_that_dies_takes_the_training_with_it",
             f"{MORPH}a_signal_stops_after_the_step_and_the_printed_command_goes_on",
+            f"{IMAGIC}a_signal_keeps_the_step_and_the_same_command_goes_on",
             "test_process.py::test_a_launcher_that_repeats_the_interrupt_does_not_cut_the_save_short",
         ),
     ),
@@ -681,5 +687,57 @@ ROWS = (
         "a ControlNet that is none, or another base's",
         "2",
         (f"{BASES}a_controlnet_that_does_not_fit",),
+    ),
+    Row(
+        "P1",
+        "points outside of the picture, of its crop or of the mask, none, or with targets that overlap",
+        "2",
+        (
+            f"{DRAGS}p1_points_that_cannot_be_moved_are_refused",
+            f"{DRAGS}p1_points_that_the_crop_or_the_mask_leaves_out_are_refused",
+        ),
+    ),
+    Row(
+        "P2",
+        "a mask of another size, black, damaged, or none, in a file or in drag.json",
+        "2",
+        (f"{DRAGS}p2_a_mask_that_is_none_is_refused",),
+    ),
+    Row(
+        "P3",
+        "a LoRA for few steps, or another picture's",
+        "2; 0, and it is said",
+        (
+            f"{DRAGS}p3_a_lora_that_is_not_there_or_is_for_few_steps_is_refused",
+            f"{DRAG}a_lora_of_another_picture_is_said",
+        ),
+    ),
+    Row(
+        "P4",
+        "a start that leaves no step, a block that is not there, a rate under which features are no numbers",
+        "2; 3",
+        (
+            f"{DRAGS}p4_settings_that_cannot_be_meant_are_refused",
+            f"{DRAG}a_rate_that_breaks_it_leaves_nothing",
+        ),
+    ),
+    Row(
+        "P5",
+        "a page of what is no picture; a page saved, and dragged",
+        "2; 0",
+        (
+            f"{DRAGS}p5_a_page_of_what_is_no_picture_is_refused_and_not_written",
+            "test_point_page.py::test_two_points_and_a_mask_are_saved_and_dragged",
+        ),
+    ),
+    Row(
+        "P6",
+        "a drag killed at any moment, or stopped by Ctrl-C",
+        "0 after the same command, to the same bytes",
+        (
+            f"{DRAG}killed_before_any_rename_the_same_command_gives_the_same_bytes",
+            f"{DRAG}killed_at_random_the_same_command_gives_the_same_bytes",
+            f"{DRAG}ctrl_c_during_a_drag_ends_it_with_130_and_nothing_half_written",
+        ),
     ),
 )

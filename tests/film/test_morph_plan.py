@@ -334,6 +334,7 @@ OTHER_VALUES = {
     "negative_prompt": "fog",
     "anchor_prompt": "a hill",
     "num_inference_steps": 8,
+    "solver": "ab2",
     "guidance_scale": 2.0,
     "inversion_method": "fixed_point",
     "fixed_point_iterations": 2,

@@ -98,10 +98,12 @@ def relative(found, wanted):
 # ---- ends ----
 
 
+@pytest.mark.parametrize("solver", ["ddim", "ab2"])
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 @pytest.mark.parametrize(("n", "share"), [(10, 0.0), (10, 0.6), (10, 1.0), (50, 0.6)])
-def test_the_film_ends_on_the_pictures_at_any_guidance_steps_and_attention(adapted, n, scale, share):
-    film = Film(adapted, n, positions=[0.001, 1.999], guidance_scale=scale, attention_share=share)
+def test_the_film_ends_on_the_pictures_at_any_guidance_steps_and_attention(adapted, n, scale, share, solver):
+    keys = {"guidance_scale": scale, "attention_share": share, "solver": solver}
+    film = Film(adapted, n, positions=[0.001, 1.999], **keys)
     states = list(film.states())
     assert [state.step for state in states] == list(range(1, n + 1))
     for state in states:
@@ -255,19 +257,27 @@ def test_pictures_are_looked_at_in_the_first_steps_only(adapted):
 # ---- going on ----
 
 
+@pytest.mark.parametrize("solver", ["ddim", "ab2"])
 @pytest.mark.parametrize("k", [1, 3, 4, 5])
-def test_a_film_goes_on_from_any_step_to_the_same_bits(adapted, k):
-    straight = list(Film(adapted, guidance_scale=3.0).states())
+def test_a_film_goes_on_from_any_step_to_the_same_bits(adapted, k, solver):
+    keys = {"guidance_scale": 3.0, "solver": solver}
+    straight = list(Film(adapted, **keys).states())
     saved = copy.deepcopy(straight[k - 1])
-    resumed = list(Film(adapted, guidance_scale=3.0).states(saved))
+    resumed = list(Film(adapted, **keys).states(saved))
     assert len(resumed) == 6 - k
     for a, b in zip(straight[k:], resumed, strict=True):
         assert a.step == b.step and torch.equal(a.frames, b.frames) and torch.equal(a.ends, b.ends)
         assert torch.equal(a.residual_ratio, b.residual_ratio)
     other = replace(saved, frames=saved.frames + 1e-3)
-    assert not torch.equal(
-        list(Film(adapted, guidance_scale=3.0).states(other))[-1].frames, straight[-1].frames
-    )
+    assert not torch.equal(list(Film(adapted, **keys).states(other))[-1].frames, straight[-1].frames)
+
+
+def test_the_second_order_goes_by_what_the_step_before_evaluated(adapted):
+    states = list(Film(adapted, solver="ab2").states())
+    assert all(state.noise is not None for state in states)
+    assert all(state.noise is None for state in Film(adapted).states())
+    forgetful = replace(copy.deepcopy(states[2]), noise=None)
+    assert not torch.equal(list(Film(adapted, solver="ab2").states(forgetful))[-1].frames, states[-1].frames)
 
 
 def test_states_are_not_changed_by_going_on(adapted):
@@ -341,6 +351,7 @@ def test_every_setting_changes_the_film(adapted):
         {"adain": False},
         {"anchor": False},
         {"residual_power": 1.0},
+        {"solver": "ab2"},
         {"mode": "outer"},
         {"mode": "fused_outer"},
     ):

@@ -219,14 +219,16 @@ class Stop:
             raise StoppedError("stopped", 15)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "ab2"])
 @pytest.mark.parametrize("stop", [1, 4, 8])
-def test_a_pass_that_was_stopped_at_any_step_goes_on_to_the_same_bits(studio, stop):
-    whole = studio("straight")
+def test_a_pass_that_was_stopped_at_any_step_goes_on_to_the_same_bits(studio, stop, solver):
+    settings = morphing.Settings(guidance_scale=2.0, solver=solver)
+    whole = studio("straight", settings=settings)
     straight = whole.render(POSITIONS)
-    broken = studio(step=Stop(stop))
+    broken = studio(step=Stop(stop), settings=settings)
     with pytest.raises(StoppedError):
         broken.render(POSITIONS)
-    again = studio()
+    again = studio(settings=settings)
     assert (again.render(POSITIONS) == straight).all()
     assert again.denoiser.evaluations == (8 - stop) * (3 + 4) * 2  # only the steps that were left
     assert (again.residual_ratio == whole.residual_ratio).all()

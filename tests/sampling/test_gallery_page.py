@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +149,22 @@ def test_the_divider_uncovers_the_input(opened, filled):
     tab.locator("#compare").uncheck()
     wait_for_pictures(tab)
     assert tab.locator(".divider").count() == 0 and is_colour(tab, "#stage img", COLOURS[0])
+
+
+def test_ways_are_drawn_over_the_picture_and_taken_away(opened, filled):
+    gallery = filled(GenerateConfig)
+    assert not open_folder(opened, gallery).locator(".ways, #waying:visible").count()
+    first = gallery.pictures[0]
+    gallery.pictures[0] = replace(first, ways=[[(4.0, 8.0), (20.0, 8.0), (40.0, 24.0)]])
+    tab = open_folder(opened, gallery)
+    wait_for_pictures(tab)
+    box, line = (tab.locator(where).bounding_box() for where in ("#stage img", ".ways line"))
+    assert line["x"] == pytest.approx(box["x"] + 4 / 48 * box["width"], abs=2)
+    assert line["width"] == pytest.approx(36 / 48 * box["width"], abs=4)
+    tab.locator("#waysshown").uncheck()
+    assert not tab.locator(".ways").count() and tab.locator("#waying").is_visible()
+    tab.keyboard.press("ArrowRight")
+    assert not tab.locator("#waying").is_visible()
 
 
 def test_the_sheet_is_zoomed(opened, filled):

@@ -104,6 +104,13 @@ def test_outside_of_the_mask_is_the_round_trip(run, mask):
     assert distance(free[:, 8:], trip[:, 8:]) > ONE_LEVEL
 
 
+def test_what_the_words_hardly_move_is_the_round_trip(run):
+    trip = pictures_in(run(target_prompt=OWN, name="trip"))[0]
+    free, some, most = pictures_in(run(grid={"keep_below": [0, 0.9, 0.999]}, name="kept"))
+    equal = [int((found == trip).all(-1).sum()) for found in (free, some, most)]
+    assert equal[0] < equal[1] <= equal[2] < trip[..., 0].size
+
+
 def test_sdedit_has_a_result_for_each_seed_and_swap_none(run, capsys):
     folder = run(method="sdedit", start=0.25, images_per_target=3, seed=5, batch_size=2)
     assert [row["seed"] for row in report_in(folder)["pictures"]] == [5, 6, 7]
