@@ -31,6 +31,7 @@ NUMBER = {
     "generate": "images_per_prompt",
     "style_transfer": "images_per_picture",
     "edit": "images_per_target",
+    "animate": "frames",
     "drag": "iterations",
 }
 """A key of each script that takes an integer."""
