@@ -57,8 +57,8 @@ def walk(parts: Parts, prompt: str, number: int) -> Tensor:
     """(POINTS, 3, H, W) in [-1, 1]: one prompt from noise to noise, the same in every row of the table."""
     vae, unet, text_encoder, tokenizer = parts
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    ends = [normal(shape, number, f"end {end}").expand(POINTS, *shape) for end in "ab"]
-    noise = slerp(*ends, torch.linspace(0, 1, POINTS))
+    start, end = (normal(shape, number, f"end {name}").expand(POINTS, *shape) for name in "ab")
+    noise = slerp(start, end, torch.linspace(0, 1, POINTS))
     states = embed(text_encoder, tokenizer, [prompt, ""])
     embeds, negative = (state.expand(POINTS, *state.shape) for state in states)
     return decode(vae, sample_latents(unet, embeds, negative, noise, 12, 3.0)).clamp(-1, 1)

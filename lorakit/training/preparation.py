@@ -149,7 +149,8 @@ def _cached(
         states = cache_text_states(prompts, base, plan.cache_dir, text_hash, where)
         if cfg.prompt_embeds:
             captions = {caption for row in table.rows for caption in row.captions if caption}
-            states |= dict.fromkeys(captions, read_states(cfg.prompt_embeds).to(where))
+            given = read_states(cfg.prompt_embeds).to(where)
+            states |= {caption: given for caption in captions}
     accelerator.wait_for_everyone()
     entries = [view.entry(plan.cache_dir, vae_hash) for view in views]
     budget = on_device, in_memory

@@ -161,7 +161,7 @@ class Learner:
         optimizer = make_optimizer(cfg, groups)
         self.rates = [group["lr"] for group in groups]
         self.lr_factor = learning_rate_schedule(cfg, steps)
-        wrapped = torch.compile(self.unet) if cfg.torch_compile else self.unet
+        wrapped: Any = torch.compile(self.unet) if cfg.torch_compile else self.unet
         # Without a LoRA nothing in it is averaged over processes, and DistributedDataParallel refuses it.
         self.student = accelerator.prepare_model(wrapped, evaluation_mode=not trains_lora(cfg))
         self.optimizer = accelerator.prepare(optimizer)
