@@ -98,7 +98,7 @@ FEW_STEPS = Part(
 
 # ---- prior ----
 
-WAYS = ("plain", "plain at half weight", "plain, 40 steps", "prior", "class images")
+WAYS = ("plain", "plain at half weight", "plain, 40 steps", "prior", "prior, 300 steps", "class images")
 SUBJECT = ("subject", "others", "obeyed", "sharpness")
 
 
@@ -109,6 +109,7 @@ def subjects_table(rows: Sequence[Values]) -> str:
         "plain at half weight": "without, at weight 0.5",
         "plain, 40 steps": "without, 40 steps",
         "prior": "**prior**",
+        "prior, 300 steps": "**prior**, 300 steps",
     }
     lines = []
     for way, group in grouped(rows, lambda row: row["way"]).items():

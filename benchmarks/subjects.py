@@ -28,6 +28,7 @@ WAYS: dict[str, tuple[list[str], float]] = {
     "plain at half weight": (ALONE, 0.5),
     "plain, 40 steps": ([*ALONE, "max_train_steps=40"], 1.0),
     "prior": ([], 1.0),
+    "prior, 300 steps": (["n_epochs=300"], 1.0),
     "prior, every sample": (["prior.every=1"], 1.0),
     "prior, two vague prompts": (['prior={"prompts": ["a photo", "a photo of mountains"]}'], 1.0),
     "class images": ([f'prior={{"class_prompt": "{CLASS}", "class_images": 50}}'], 1.0),
