@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -94,7 +94,7 @@ def make_drag_plan(cfg: DragConfig, base: BaseInfo | None = None) -> DragPlan:
         notes.append("mask is null: everything may change; `--page PICTURE` paints one")
     missing = missing_loras([cfg.lora] if cfg.lora else [], cfg.train_if_missing, cfg.fit_config, "lora=null")
     ways = tuple((view.seen(handle), view.seen(target)) for handle, target in cfg.points)
-    plan = DragPlan(base, view.shape, missing, mask, (), view, ways)
+    plan = DragPlan(base, view.shape, missing, (), mask, (), view, ways)
     _check_points(cfg, plan)
     for _, cell in cfg.numbered_cells():
         _check_block(cell, base)
@@ -105,7 +105,7 @@ def make_drag_plan(cfg: DragConfig, base: BaseInfo | None = None) -> DragPlan:
         notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0], plan)]
     texts = [(c.prompt, "") for _, c in cfg.numbered_cells()] + [(cfg.negative_prompt, "negative_prompt")]
     notes += text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base)
-    return DragPlan(base, view.shape, missing, mask, tuple(dict.fromkeys(notes)), view, ways)
+    return replace(plan, notes=tuple(dict.fromkeys(notes)))
 
 
 def _check_block(cell: DragConfig, base: BaseInfo) -> None:

@@ -15,7 +15,7 @@ WAY = ((8.0, 12.0), (16.0, 12.0))
 @pytest.fixture
 def plan():
     """Of a picture of 64 pixels that is seen at 32."""
-    return DragPlan(BASE, (32, 32), (), None, (), View((64, 64), (32, 32)), (WAY,))
+    return DragPlan(BASE, (32, 32), (), (), None, (), View((64, 64), (32, 32)), (WAY,))
 
 
 def result(seen=(16.0, 12.0), likeness=0.9):
