@@ -128,6 +128,7 @@ def run(case: Case, base: str, tag: str, **keys: Any) -> tuple[dict[str, Image.I
     """Cell -> the result of edit.py, and seconds for one of them at most, without the inversion."""
     name = f"{case.path.stem}_{tag}"
     settings = {"image": str(case.path), "prompt": case.prompts[0], "target_prompt": case.prompts[1]}
+    settings |= {"guidance_scale": None, "num_inference_steps": None}
     settings |= {"pretrained_model_name_or_path": base, "output_dir": str(OUT), "name": name, "lora": None}
     words = [f"{key}={json.dumps(value)}" for key, value in (settings | keys | {"overwrite": True}).items()]
     if edit.main(["cfg/edit/mountain.json", *words]):
