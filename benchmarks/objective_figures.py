@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from benchmarks.figure_parts import Command, Part, Values, file, table
@@ -164,49 +163,6 @@ SMOOTH = Part(
     shown={"weights": smooth_table, "ratios": smooth_ratios},
 )
 
-MORPHS = ("max_over_mean", "step_cv", "directness", "middle_sharpness")
-
-
-def pairs_command(folder: str, *settings: str) -> Command:
-    some = ("--alone", "--guidance", "1", "--pairs", "0", "3", "8")
-    return Command(("benchmarks/morph_pairs.py", *some, "--folder", folder, *settings))
-
-
-def smooth_morph_values(plain: Values, smooth: Values) -> Values:
-    """Figures of each pair under both fits."""
-    films = [{row[0]: row[1] for row in said["guidance_1"]["rows"]} for said in (plain, smooth)]
-    return {pair: {key: [round(film[pair][key], 4) for film in films] for key in MORPHS} for pair in films[0]}
-
-
-def smooth_morph_table(values: Values) -> str:
-    lines = [
-        [pair, *(by_seed(figures[key], 3 if key == "step_cv" else 2) for key in MORPHS)]
-        for pair, figures in values.items()
-    ]
-    ratios = (
-        mean(smooth / plain for plain, smooth in (pair[key] for pair in values.values())) for key in MORPHS
-    )
-    lines.append(["smooth over plain, mean", *(f"{ratio:.3f}" for ratio in ratios)])
-    header = [
-        "plain; smooth",
-        "largest step / mean",
-        "deviation / mean",
-        "directness",
-        "sharpness of the middle",
-    ]
-    return table(header, lines)
-
-
-SMOOTH_MORPHS = Part(
-    commands=(
-        pairs_command("out/pairs_fit"),
-        pairs_command("out/pairs_fit_smooth", "fit_config=cfg/morph/fit_smooth.json"),
-    ),
-    values=smooth_morph_values,
-    shown={"pairs": smooth_morph_table},
-)
-
-
 # ---- words ----
 
 WORDS_KEYS = ("subject", "short", "others")
@@ -232,6 +188,5 @@ PARTS = {
     "few_steps": FEW_STEPS,
     "subjects": SUBJECTS,
     "smooth": SMOOTH,
-    "smooth_morphs": SMOOTH_MORPHS,
     "words": WORDS,
 }
