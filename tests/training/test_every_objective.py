@@ -97,8 +97,8 @@ def test_each_trains_and_samples_on_the_shape_of_stable_diffusion(settings, tmp_
     assert (tmp_path / "ckpt/run/samples/00000002-00.png").exists()
     made = {path.parent.name: path for path in files(tmp_path / "ckpt")}
     keys = {"pretrained_model_name_or_path": str(narrow_base), "prompt": ["a lake", "a <peak>"]}
-    keys |= {"prompt_syntax": "a1111", "num_inference_steps": 2, "name": "made"}
-    keys["output_dir"] = str(tmp_path / "out")
+    keys |= {"prompt_syntax": "a1111", "num_inference_steps": 2, "images_per_prompt": 1}
+    keys |= {"output_dir": str(tmp_path / "out"), "name": "made"}
     if "run_words" in made:
         keys["embedding_dirs"] = [str(made["run_words"].parent)]
     if "ckpt" in made:
