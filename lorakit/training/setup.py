@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from lorakit.diffusion import lora
 from lorakit.diffusion.frozen import keep_less, leave_casts_to_autocast
@@ -107,7 +107,11 @@ def start_processes(cfg: Any, plan: Plan, trackers: list[Any]) -> Accelerator:
         UserError: other processes than the launcher named, or fp16 on a CPU.
     """
     precision = resolve_precision(cfg.mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=cfg.log_dir)
+    # Buffers are constants. Were they sent around before each pass, processes of which one has no sample with
+    # a term of its own, and so a pass less, would wait for each other for ever.
+    alone = DistributedDataParallelKwargs(broadcast_buffers=False)
+    options: dict[str, Any] = {"log_with": trackers or None, "project_dir": cfg.log_dir}
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[alone], **options)
     if accelerator.num_processes != plan.world_size:
         raise UserError(
             f"the launcher names {plan.world_size} processes, {accelerator.num_processes} arrived"
