@@ -55,19 +55,16 @@ def animate(plan: AnimatePlan, folder: Path, stop: StopFlag, hint: str) -> None:
     from tqdm import tqdm
 
     from lorakit.diffusion.metrics import EncoderDistance
-    from lorakit.diffusion.models import open_base
     from lorakit.motion.animate_report import summary, write_outputs
     from lorakit.motion.filming import inflate, open_studio, scene_noise
-    from lorakit.sampling.samplers import LoraStack
+    from lorakit.sampling.samplers import LoraStack, open_planned
 
     # -- base, adapter, LoRAs
-    started, cfg = time.perf_counter(), plan.cfg
-    settings = {"prediction_type": cfg.prediction_type, "clip_skip": cfg.clip_skip}
-    base = open_base(plan.base, cfg.mixed_precision, **settings)
-    if not plan.base.known:  # a hub id that was not on this machine
-        told, plan = plan.notes, make_animate_plan(cfg, base.info)
-        base.info, cfg = plan.base, plan.cfg
-        print_notes(note for note in plan.notes if note not in told)
+    started, was_known = time.perf_counter(), plan.base.known
+    base, plan = open_planned(plan.cfg, plan, make_animate_plan)
+    if not was_known:  # with the config's own schedule
+        base.info = plan.base
+    cfg = plan.cfg
     key = fingerprint(plan, str(base.dtype))
     claim(cfg, folder, key, "animation", OWN_FILES)
     paths = frame_paths(folder / "frames", cfg.frames)

@@ -44,17 +44,13 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
     """Make the results; returns the paths of the sheets."""
     from tqdm import tqdm
 
-    from lorakit.diffusion.models import open_base
     from lorakit.editing.desk import Desk
     from lorakit.pictures.edges import edge_f1
     from lorakit.sampling.page import write_page
+    from lorakit.sampling.samplers import open_planned
 
     started = time.perf_counter()
-    settings = {"prediction_type": cfg.prediction_type, "clip_skip": cfg.clip_skip}
-    base = open_base(plan.base, cfg.mixed_precision, **settings)
-    if not plan.base.known:  # a hub id that was not on this machine
-        told, plan = plan.notes, make_edit_plan(cfg, base.info)
-        print_notes(note for note in plan.notes if note not in told)
+    base, plan = open_planned(cfg, plan, make_edit_plan)
     desk = Desk(base, cfg, plan, Path(cfg.cache_dir or Path(cfg.output_dir) / "cache"))
     print_notes([*desk.fit_warnings(), *desk.stack.new_notes()])
 

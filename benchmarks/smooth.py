@@ -11,7 +11,6 @@ told of weight 0's. Prints a table, writes paths.png, and prints one JSON line l
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
@@ -23,6 +22,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.trainings import train_once  # noqa: E402
 from lorakit.diffusion.interpolate import slerp  # noqa: E402
 from lorakit.diffusion.lora import load_lora  # noqa: E402
 from lorakit.diffusion.models import Base, set_up_backend  # noqa: E402
@@ -42,14 +42,8 @@ GOALS = {"istd": 0.75, "cv": 0.90, "distance": 0.80, "sharpness": 0.88}
 def trained(folder: Path, weight: float, seed: int) -> Path:
     """The LoRA, from `folder` where it is done."""
     name = f"weight_{weight:g}_{seed}".replace(".", "_")
-    path = folder / f"{name}.safetensors"
-    if not path.exists():
-        objective = [f"smooth.weight={weight:g}"] if weight else ["objective=denoise", "smooth=null"]
-        own = [f"output_dir={folder}", f"ckpt_name={name}", f"seed={seed}", "overwrite=true"]
-        quiet = ["report_to=null", "sample_steps=0", "validation_steps=0"]
-        command = [sys.executable, "train_lora.py", "cfg/smooth.json", *objective, *own, *quiet]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return path
+    objective = [f"smooth.weight={weight:g}"] if weight else ["objective=denoise", "smooth=null"]
+    return train_once("cfg/smooth.json", folder, name, seed, objective)
 
 
 @torch.no_grad()

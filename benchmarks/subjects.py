@@ -11,13 +11,14 @@ that the caption says, `sharpness` the deviation of their Laplacian. Prints a ta
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.trainings import train_once  # noqa: E402
 
 # Way -> settings on top of cfg/subject.json, and the weight of the LoRA.
 ALONE = ["objective=denoise", "prior=null"]
@@ -44,12 +45,7 @@ def trained(folder: Path, way: str, seed: int) -> tuple[Path | None, float]:
         return None, 0.0
     name = f"{'-'.join(settings[:3])}-{seed}"
     name = "".join(sign if sign.isalnum() else "_" for sign in name)[:100]
-    path = folder / f"{name}.safetensors"
-    if not path.exists():
-        own = [f"output_dir={folder}", f"ckpt_name={name}", f"seed={seed}", "overwrite=true"]
-        quiet = ["report_to=null", "sample_steps=0", "validation_steps=0"]
-        command = [sys.executable, "train_lora.py", "cfg/subject.json", *settings, *own, *quiet]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    path = train_once("cfg/subject.json", folder, name, seed, settings)
     lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = sorted(rate for line in lines if (rate := json.loads(line).get("images_per_second")))
     return path, 1 / rates[len(rates) // 2]

@@ -12,7 +12,6 @@ line last.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ sys.path[:0] = [str(ROOT)]
 
 from PIL import Image  # noqa: E402
 
+from benchmarks.trainings import train_once  # noqa: E402
 from lorakit.diffusion.lora import load_lora  # noqa: E402
 from lorakit.diffusion.models import Base, set_up_backend  # noqa: E402
 from lorakit.pictures.images import psnr, read_picture, save_png  # noqa: E402
@@ -52,13 +52,8 @@ OTHERS = (
 def trained(folder: Path, way: str, seed: int) -> tuple[Path, Path]:
     """The LoRA's file and the folder of words, of which one may be missing; from `folder` where they are."""
     name = f"{way.replace(' ', '_')}_{seed}"
-    lora, words = folder / f"{name}.safetensors", folder / f"{name}_words"
-    if not lora.exists() and not words.exists():
-        own = [f"output_dir={folder}", f"ckpt_name={name}", f"seed={seed}", "overwrite=true"]
-        quiet = ["report_to=null", "sample_steps=0", "validation_steps=0", "sample_prompts=null"]
-        command = [sys.executable, "train_lora.py", "cfg/word.json", *WAYS[way][0], *own, *quiet]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return lora, words
+    settings = [*WAYS[way][0], "sample_prompts=null"]
+    return train_once("cfg/word.json", folder, name, seed, settings), folder / f"{name}_words"
 
 
 def draw(base: Base, encoder: PromptEncoder, prompts: Sequence[str]) -> list[Image.Image]:

@@ -1,7 +1,7 @@
 """What the tests of the sampling scripts share: a command line, and a look at what came of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ def command_line(folder: Path, base: Path, keys: Mapping[str, Any], *more: str) 
     config.write_text("{}")
     common = dict(pretrained_model_name_or_path=str(base), output_dir=str(folder / "out"), name="run")
     return [str(config), *more, *settings_of(**(common | dict(keys)))]
+
+
+def runner(script: Any, arguments: Callable[..., list[str]], folder: Path) -> Callable[..., Path]:
+    """Factory that runs a script in this process by its `arguments`, and returns the folder of the run."""
+
+    def run(*more: str, **changes: Any) -> Path:
+        assert script.main(arguments(*more, **changes)) == 0
+        return folder / "out" / changes.get("name", "run")
+
+    return run
 
 
 def levels(path: Path) -> np.ndarray:

@@ -72,7 +72,8 @@ class Desk:
         self.latents = encode_picture(base, self.picture)
         self.round_trip = decode_picture(base, self.latents[0])
         self.stack, self.chunks = LoraStack(base), Chunks(cfg.batch_size)
-        self.encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs, lora_files([cfg]))
+        loras = lora_files(cell for _, cell in cfg.numbered_cells())
+        self.encoder = PromptEncoder(base, cfg.prompt_syntax, cfg.embedding_dirs, loras)
         self.denoiser = Denoiser(base.unet, base.noise_schedule())
         factor, mask = base.info.vae_factor, self.plan.mask
         self.where = None if mask is None else latent_mask(mask, factor, base.device)

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from lorakit.editing.drag_config import DragConfig
-from lorakit.editing.edit_plan import EditPlan
+from lorakit.editing.edit_plan import EditPlan, lora_notes
 from lorakit.ground.errors import UserError
 from lorakit.pictures.images import image_size
 from lorakit.pictures.painted import read_mask
@@ -16,10 +16,8 @@ from lorakit.pictures.warping import Point, Way, distance_to_edge
 from lorakit.sampling.config import check_size, shape_of
 from lorakit.sampling.fitting import missing_loras
 from lorakit.sampling.forecast import backward_bytes, memory_lines, model_lines
-from lorakit.sampling.prompts import text_notes
+from lorakit.sampling.prompts import lora_files, text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
-from lorakit.weights.base_settings import clip_skip_notes
-from lorakit.weights.few_steps import refuse_few_steps
 
 GRID = 2
 """Pixels to a cell of the grid on which features are followed: half the picture, as published."""
@@ -98,13 +96,10 @@ def make_drag_plan(cfg: DragConfig, base: BaseInfo | None = None) -> DragPlan:
     _check_points(cfg, plan)
     for _, cell in cfg.numbered_cells():
         _check_block(cell, base)
-        loras = [lora.path for lora in (*cell.all_loras(), *cell.prompt_loras()) if lora.weight]
-        present = [path for path in dict.fromkeys(loras) if path not in missing]
-        for path in present:
-            refuse_few_steps(path)
-        notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0], plan)]
+        notes += [*lora_notes(cell, missing), *_cell_notes(cell.resolved()[0], plan)]
     texts = [(c.prompt, "") for _, c in cfg.numbered_cells()] + [(cfg.negative_prompt, "negative_prompt")]
-    notes += text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base)
+    loras = lora_files(cell for _, cell in cfg.numbered_cells())
+    notes += text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base, loras)
     return replace(plan, notes=tuple(dict.fromkeys(notes)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorakit.editing.config import DRAWS, EditConfig
+from lorakit.editing.config import DRAWS, EditConfig, PictureConfig
 from lorakit.editing.imagic_plan import BATCH, ImagicFit, parts_of, plan_fits
 from lorakit.ground.errors import UserError
 from lorakit.pictures.images import image_size
@@ -67,13 +67,23 @@ def make_edit_plan(cfg: EditConfig, base: BaseInfo | None = None) -> EditPlan:
     with_config, otherwise = (cfg.imagic_config, "method=swap") if fits else (cfg.fit_config, "lora=null")
     missing = missing_loras(wanted, cfg.train_if_missing, with_config, otherwise)
     for cell in _parts(cfg, fits):
-        loras = [lora.path for lora in (*cell.all_loras(), *cell.prompt_loras()) if lora.weight]
-        present = [path for path in dict.fromkeys(loras) if path not in missing]
-        for path in present:
-            refuse_few_steps(path)
-        notes += [*clip_skip_notes(cfg.clip_skip, present), *_cell_notes(cell.resolved()[0])]
-    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base, lora_files([cfg]))
+        notes += [*lora_notes(cell, missing), *_cell_notes(cell.resolved()[0])]
+    loras = lora_files(cell for _, cell in cfg.numbered_cells())
+    notes += text_notes(_texts(cfg), cfg.prompt_syntax, cfg.embedding_dirs, base, loras)
     return EditPlan(base, shape, missing, fits, mask, tuple(dict.fromkeys(notes)))
+
+
+def lora_notes(cell: PictureConfig, missing: Sequence[str]) -> list[str]:
+    """What should be known of the LoRAs that take part in a cell, but for those that are to be trained first.
+
+    Raises:
+        UserError: one for few steps, under which no picture has a path to its noise.
+    """
+    loras = [lora.path for lora in (*cell.all_loras(), *cell.prompt_loras()) if lora.weight]
+    present = [path for path in dict.fromkeys(loras) if path not in missing]
+    for path in present:
+        refuse_few_steps(path)
+    return clip_skip_notes(cell.clip_skip, present)
 
 
 def _parts(cfg: EditConfig, fits: Sequence[ImagicFit]) -> list[EditConfig]:

@@ -4,16 +4,17 @@ prompt_embeds are (B, L, D). The noise of a picture follows from its seed alone,
 and whatever the device.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lorakit.diffusion.lora import adapter_layers, load_lora, train_only
-from lorakit.diffusion.models import Base
+from lorakit.diffusion.models import Base, open_base
 from lorakit.ground import randomness
+from lorakit.ground.command import print_notes
 from lorakit.ground.errors import UserError
 from lorakit.sampling.config import LCM_STEPS, check_blocks, weights_of
 from lorakit.weights.lora_file import LoraFile, component_of
@@ -40,6 +41,27 @@ def make_scheduler(base: Base, name: str) -> Any:
 
     kind, changes = SCHEDULERS[name]
     return getattr(diffusers, kind).from_config(base.scheduler.config, **changes)
+
+
+P = TypeVar("P")
+
+
+def open_planned(cfg: Any, plan: P, make_plan: Callable[[Any, Any], P]) -> tuple[Base, P]:
+    """The base of a plan; and the plan, made anew where the base was a hub id that was not on this machine.
+
+    What is then known beside the notes that were told is printed.
+
+    Args:
+        plan: with `base` and `notes`, as `make_plan(cfg, base.info)` makes it.
+    """
+    known: Any = plan
+    settings = {"prediction_type": cfg.prediction_type, "clip_skip": cfg.clip_skip}
+    base = open_base(known.base, cfg.mixed_precision, **settings)
+    if known.base.known:
+        return base, plan
+    again: Any = make_plan(cfg, base.info)
+    print_notes(note for note in again.notes if note not in known.notes)
+    return base, again
 
 
 # ---- text ----

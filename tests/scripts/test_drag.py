@@ -12,7 +12,7 @@ from pathlib import Path
 import narrow
 import numpy as np
 import pytest
-from galleries import ONE_LEVEL, command_line, distance, levels, pictures_in, report_in
+from galleries import ONE_LEVEL, command_line, distance, levels, pictures_in, report_in, runner
 from PIL import Image
 
 import drag
@@ -48,13 +48,7 @@ def arguments(tiny_base, pictures, tmp_path):
 
 @pytest.fixture
 def run(arguments, tmp_path):
-    """Factory that runs the script in this process; returns the folder."""
-
-    def make(*more, **changes):
-        assert drag.main(arguments(*more, **changes)) == 0
-        return tmp_path / "out" / changes.get("name", "run")
-
-    return make
+    return runner(drag, arguments, tmp_path)
 
 
 @pytest.fixture
