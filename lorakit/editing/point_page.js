@@ -261,7 +261,7 @@ canvas.addEventListener("pointerdown", (event) => {
   } else if (pending) {
     actions.push({ way: { handle: pending.handle, target: here } });
     pending = null;
-  } else pending = { handle: here };
+  } else pending = { handle: here, held: true };
   change();
 });
 canvas.addEventListener("pointermove", (event) => {
@@ -270,17 +270,17 @@ canvas.addEventListener("pointermove", (event) => {
     stroke.places.push(here);
     paint({ ...stroke, places: [last, here] });
     draw();
-  } else if (pending && event.buttons) {
+  } else if (pending?.held) {
     pending.target = place(event);
     draw();
   }
 });
 canvas.addEventListener("pointerup", (event) => {
   if (stroke) actions.push({ stroke });
-  else if (pending?.target && distance(pending.handle, pending.target) > 4 * scale) {
+  else if (pending?.held && distance(pending.handle, place(event)) > 4 * scale) {
     actions.push({ way: { handle: pending.handle, target: place(event) } });
     pending = null;
-  } else if (pending) delete pending.target;
+  } else if (pending) pending = { handle: pending.handle };
   stroke = null;
   change();
 });

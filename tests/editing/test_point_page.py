@@ -167,7 +167,7 @@ def test_two_points_and_a_mask_are_saved_and_dragged(shown, tmp_path):
 def test_the_preview_shows_the_moved_pixels_and_undo_takes_them_back(shown, picture):
     tab = shown(radius=11)
     stroke(tab, (30, 40), (80, 40))  # from one to the other
-    assert "1 way of 50 pixels" in tab.locator("#told").inner_text()
+    wait_until(tab, "document.getElementById('told').textContent.includes('1 way of 50 pixels')")
     before = np.asarray(Image.open(picture).convert("RGB"))
     moved = np.asarray(colour(tab, 80, 40), int)
     assert np.abs(moved - before[40, 30]).max() <= 8  # the disc stands at its target

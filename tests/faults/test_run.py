@@ -418,12 +418,15 @@ def changed(key: str, value: object) -> object:
     return "other"
 
 
+# Files that may lie elsewhere and must hold the same.
+CONTENTS = {"base_loras": "other files or weights", "prompt_embeds": "other text states"}
 OTHERS = {
     "objective": "smooth",
     "lcm": LcmSettings.model_validate({"solver_steps": 100}),
     "prior": PriorSettings.model_validate({"prompts": ("x",)}),
     "smooth": SmoothSettings.model_validate({"weight": 2.0}),
     "base_loras": (BaseLora(path=str(ROOT / "pyproject.toml")),),  # any file has a hash
+    "prompt_embeds": str(ROOT / "ckpt/miniature/text_encoder/model.safetensors"),  # any tensors have one
     "mixed_precision": "bf16",
     "prediction_type": "v_prediction",
     "clip_skip": 2,
@@ -461,8 +464,8 @@ def test_l8_every_key_that_changed_is_refused_or_applied_and_said_or_free(train,
     other = cfg.model_copy(update={key: changed(key, getattr(cfg, key))})
     before, after = (one.model_dump(mode="json")[key] for one in (cfg, other))
     assert before != after
-    if key in FIXED or key == "base_loras":  # which may lie elsewhere, and must be the same
-        shown = "other files or weights" if key == "base_loras" else ".* -> "
+    if key in FIXED or key in CONTENTS:
+        shown = CONTENTS.get(key, ".* -> ")
         with pytest.raises(UserError, match=f"(?s){key}: {shown}.*set these back, or start a new ckpt_name"):
             check_resume(other, plan, folder)
     else:
