@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.ground.errors import UserError
@@ -17,7 +17,7 @@ from lorakit.sampling.forecast import memory_lines, model_lines
 from lorakit.sampling.prompts import lora_files, text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.identity import base_identity, file_sha256, lora_sha256
-from lorakit.weights.motion_adapter import MotionInfo, inspect_motion_adapter
+from lorakit.weights.motion_adapter import MotionInfo, inspect_motion_adapter, with_betas
 
 VERSION = 1  # of what frames are a function of; counts up when the same config gives other frames
 # What only shows frames, or says where they go.
@@ -54,9 +54,7 @@ def make_animate_plan(cfg: AnimateConfig, base: BaseInfo | None = None) -> Anima
     """
     base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_size(cfg, base)
-    if cfg.beta_schedule and base.known:
-        scheduler = base.configs["scheduler"] | {"beta_schedule": cfg.beta_schedule, "trained_betas": None}
-        base = replace(base, configs=base.configs | {"scheduler": scheduler})
+    base = with_betas(base, cfg.beta_schedule)
     for name, reason in missing_writers(cfg.formats).items():
         raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
     resolved, notes = cfg.resolved()

@@ -52,7 +52,7 @@ def inflate(base: Base, info: MotionInfo) -> None:
         ) from None
     unet: Any = UNetMotionModel.from_unet2d(base.unet, adapter)
     base.drop("unet")
-    base.unet = unet.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    base.unet = unet.requires_grad_(False).eval().to(base.device, memory_format=torch.channels_last)
 
 
 def mixed_prompts(embeds: Tensor, frames: int, loop: bool) -> Tensor:

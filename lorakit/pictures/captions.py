@@ -221,12 +221,15 @@ class FolderReader:
             self.fault(line, f"file_name {short(repr(name))} {objection}", "name a file inside the folder")
             return None
         name = PurePosixPath(name).as_posix()
-        if not os.path.isfile(self.root / name):
+        if not self._is_there(name):
             near = self._by_loose_name.get(_loose(name))
             hint = f"; did you mean '{near}'?" if near else ""
             self.fault(line, f"no file '{short(name)}'{hint}", "add the missing files or correct file_name")
             return None
         return None if self._refuse_link(name, line) else name
+
+    def _is_there(self, name: str) -> bool:
+        return os.path.isfile(self.root / name)
 
     def _caption_column(self, records: list[dict[str, Any]], asked: str | None) -> str | None:
         """The key that holds the captions; None after a fault."""

@@ -35,6 +35,7 @@ class Row:
     transparent: float = 0.0  # share of its pixels with an alpha below one half
     mask: Path | None = None
     mask_sha256: str = ""
+    frames: int = 1  # of a clip
 
     @property
     def captions(self) -> tuple[str, ...]:

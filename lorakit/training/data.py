@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +54,8 @@ def write_entry(path: Path, tensor: Tensor) -> None:
     publish_file(path, serialize({"tensor": tensor}, {"sha256": digest}))
 
 
-def missing_views(views: Sequence[View], cache_dir: Path, vae_hash: str) -> list[View]:
-    """The views that have no valid cache entry."""
+def missing_views(views: Sequence[Any], cache_dir: Path, vae_hash: str) -> list[Any]:
+    """The views, or clips, that have no valid cache entry."""
     return [view for view in views if read_entry(view.entry(cache_dir, vae_hash)) is None]
 
 
@@ -127,7 +128,7 @@ class Latents:
         return moments
 
     def __getitem__(self, index: int) -> Tensor:
-        """Moments (2C, h, w), or weights (1, h, w), on the device."""
+        """Moments (2C, h, w), of a clip (F, 2C, h, w), or weights (1, h, w), on the device."""
         moments = self._read(self.paths[index]) if self.held is None else self.held[index]
         return moments.to(self.device)
 
@@ -181,6 +182,7 @@ class TrainingData:
         token_ids: prompt -> (L,), "" among them; None unless the text encoder is trained.
         masks: weights (1, h, w) of all views; None without masks.
         class_data: pictures that show the class of a subject (DreamBooth); None without them.
+        carried: view, position and its own noise (F, C, h, w) -> the noise of a clip; None: its own.
     """
 
     def __init__(
@@ -198,8 +200,9 @@ class TrainingData:
         seed: int,
         masks: Latents | None = None,
         class_data: "TrainingData | None" = None,
+        carried: Callable[[int, int, Tensor], Tensor] | None = None,
     ):
-        self.masks, self.class_data = masks, class_data
+        self.masks, self.class_data, self.carried = masks, class_data, carried
         self.table, self.shapes, self.latents, self.views = table, shapes, latents, views
         self.first_view = np.cumsum([0, *views])
         self.text_states, self.token_ids = text_states, token_ids
@@ -242,13 +245,15 @@ class TrainingData:
         return lowest + (1 - lowest) * torch.stack([self.masks[view] for view in views])
 
     def _latent(self, row: int, position: int) -> tuple[Tensor, Tensor]:
-        """Scaled latents (C, h, w) on the device and their noise on the CPU."""
-        seed = self.seed
-        moments = self.latents[self._view(row, position)]
-        shape = (moments.shape[0] // 2, *moments.shape[1:])
+        """Scaled latents (C, h, w), or (F, C, h, w), on the device and their noise on the CPU."""
+        seed, view = self.seed, self._view(row, position)
+        moments = self.latents[view]
+        shape = (*moments.shape[:-3], moments.shape[-3] // 2, *moments.shape[-2:])
         posterior_noise = randomness.normal(shape, seed, "posterior", position)
         posterior_noise = posterior_noise.to(self.device, non_blocking=True)
         noise = randomness.normal(shape, seed, "noise", position)
+        if self.carried is not None:
+            noise = self.carried(view, position, noise)
         if self.augmentation.noise_offset:
             offset = randomness.normal((shape[0], 1, 1), seed, "noise offset", position)
             noise = noise + self.augmentation.noise_offset * offset
@@ -274,12 +279,12 @@ class TrainingData:
     def fixed_batch(self, row: int, count: int) -> Batch:
         """One picture at `count` evenly spaced timesteps, with noise that never changes, for validation."""
         picture = self.table.rows[row]
-        mean = self.latents[self.first_view[row]].chunk(2)[0] * self.scaling_factor
+        mean = self.latents[self.first_view[row]].chunk(2, dim=-3)[0] * self.scaling_factor
         shape = tuple(mean.shape)
         noise = [randomness.normal(shape, 0, "validation", picture.sha256, k) for k in range(count)]
         prompts = [picture.caption] * count
         return Batch(
-            latents=mean.expand(count, -1, -1, -1),
+            latents=mean.expand(count, *shape),
             noise=torch.stack(noise).to(self.device),
             timesteps=((torch.arange(count) + 0.5) * self.num_timesteps / count).long(),
             prompt_embeds=self._stack(self.text_states, prompts),

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from tqdm import tqdm
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.words import start_vectors
 from lorakit.ground.randomness import derive_seed
+from lorakit.motion.filming import inflate
 from lorakit.pictures.folder import Table
 from lorakit.pictures.views import views_of
 from lorakit.sampling.encoding import PromptEncoder
+from lorakit.sampling.samplers import sample_images
 from lorakit.training.class_pictures import make_pictures, shows_class
 from lorakit.training.data import (
     Augmentation,
@@ -25,6 +28,7 @@ from lorakit.training.data import (
     encode_views,
     missing_views,
 )
+from lorakit.training.motion import Carried, encode_clips, sample_strips
 from lorakit.training.objective_config import prompts_of, sampler_of
 from lorakit.training.plan import Plan, Views, training_views, validation_views
 from lorakit.training.resume import base_loras_record
@@ -45,7 +49,7 @@ def prepare(
     """Fill the caches and return training data, validation data, and the sheet of samples.
 
     Every process encodes its share of the pictures. `between` is called after each. The U-Net is not touched
-    but to make pictures of a class, and what steps do not need is dropped.
+    but to make pictures of a class and to take a motion adapter in, and what steps do not need is dropped.
     """
     if cfg.textual_inversion is not None:
         settings = cfg.textual_inversion
@@ -58,10 +62,15 @@ def prepare(
     data = _cached(*common, plan.table, plan.shapes, views, (*prompts, *prompts_of(cfg)), beside)
     validation = data
     if plan.validation is not None:
-        views = validation_views(plan)
+        views = validation_views(cfg, plan)
         validation = _cached(*common, plan.validation, plan.validation_shapes, views, prompts_of(cfg))
 
     embed = _embedding(cfg, base, data, prompts, text_encoder)
+    draw: Any = sample_images
+    if plan.adapter is not None:
+        base.info = plan.base  # of a base from the hub too, with the schedule of the config
+        inflate(base, plan.adapter)
+        draw = partial(sample_strips, frames=cfg.motion.frames)
     sheet = SampleSheet(
         run / "samples",
         base,
@@ -70,6 +79,7 @@ def prepare(
         embed,
         cfg.prompt_syntax,
         sampler_of(cfg),
+        draw,
         seeds=cfg.sample_seeds,
         shape=plan.shapes[0] if len(set(plan.shapes)) == 1 else (plan.resolution, plan.resolution),
         steps=cfg.sample_inference_steps,
@@ -126,7 +136,8 @@ def _cached(
     missing = missing_views(share, plan.cache_dir, vae_hash)
     options = {"image_options": {"max_pixels": cfg.max_image_pixels}, "threads": cfg.dataloader_num_workers}
     quiet = not missing or not accelerator.is_main_process
-    encoding = encode_views(missing, base, plan.cache_dir, vae_hash, **options)
+    encode = encode_clips if cfg.motion else encode_views
+    encoding = encode(missing, base, plan.cache_dir, vae_hash, **options)
     for _ in tqdm(encoding, total=len(missing), desc="caching latents", disable=quiet):
         between()
     if cfg.masked_loss:
@@ -168,6 +179,7 @@ def _cached(
         seed=cfg.seed,
         masks=masks,
         class_data=beside,
+        carried=Carried(views, cfg, base.info.vae_factor) if cfg.motion and cfg.motion.carried else None,
     )
 
 

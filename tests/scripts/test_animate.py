@@ -56,12 +56,6 @@ def differ(one: Path, other: Path) -> int:
     return max(distance(a, b) for a, b in zip(frames_of(one), frames_of(other), strict=True))
 
 
-@pytest.fixture(scope="module")
-def adapters(once):
-    folder = once("adapters", lambda folder: narrow.write_motion_adapter(folder, tiny_unet()))
-    return {"folder": str(folder / "folder"), "original": str(folder / "original.safetensors")}
-
-
 @pytest.fixture
 def pan_lora(tmp_path):
     """Factory of a LoRA on the temporal attention, in AnimateDiff's own names."""
