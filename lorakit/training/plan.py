@@ -14,10 +14,9 @@ from typing import Any
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
 from lorakit.pictures.folder import Table, read_folder, read_rows
-from lorakit.pictures.views import Shape, View, assign_shapes, share_lost, views_of
+from lorakit.pictures.views import Shape, assign_shapes, share_lost, views_of
 from lorakit.pictures.wording import with_repeats, with_wording
 from lorakit.training.class_pictures import given_pictures
-from lorakit.training.clips import Clip
 from lorakit.training.doubts import doubts
 from lorakit.training.motion_config import check_room, clips_of, read_films, with_motion
 from lorakit.training.order import holds_steps
@@ -328,7 +327,7 @@ def _notes_on_sizes(table: Table, shapes: tuple[Shape, ...]) -> Iterator[str]:
 # ---- what the run will need ----
 
 
-Views = Sequence[Sequence[View | Clip]]  # of each row
+Views = Sequence[Sequence[Any]]  # of each row: a View, or a clip
 
 
 def training_views(cfg: Any, plan: Plan) -> Views:
