@@ -43,7 +43,8 @@ class Shown:
         factor: int,
     ):
         self.path, self.views, self.inside, self.same = path, views, inside, list(same)
-        places = [seen_at(tuple(path.shape[-2:]), between(pose, REST), factor) for pose in poses]
+        size = path.shape[-2], path.shape[-1]
+        places = [seen_at(size, between(pose, REST), factor) for pose in poses]
         self.places = torch.stack(places).to(path)
         self.expected = [_expected(path[i : i + 2], grid.alpha_bar[i : i + 2]) for i in range(len(grid))]
 
