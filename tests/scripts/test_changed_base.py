@@ -10,6 +10,7 @@ import pytest
 import morph
 import train_lora
 from lorakit.ground.errors import UserError
+from lorakit.ground.shards import Shards
 
 
 @pytest.fixture
@@ -42,8 +43,12 @@ def weights(path: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
 
 
-def entries(cache: Path, kind: str) -> set[str]:
-    return {path.name for path in (cache / kind).iterdir()}
+def entries(cache: Path, kind: str) -> set[bytes]:
+    return set(Shards(cache / kind).names)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def test_text_states_of_a_text_encoder_with_fewer_layers_are_made_anew(trained, base, tmp_path):
@@ -122,14 +127,14 @@ def test_a_base_that_is_known_only_once_it_is_loaded_is_compared_then(trained, s
 
 
 def test_a_film_of_a_base_that_changed_is_another_film(morphed, morph_settings, base, tmp_path):
-    cache = tmp_path / "out/cache"
+    cache = tmp_path / "out/cache/paths"
     folder, _ = morphed()
-    paths, made = entries(cache, "paths"), sha(folder / "frames/0002.png")
+    paths, made = files(cache), sha(folder / "frames/0002.png")
     morphed(pretrained_model_name_or_path=str(base))  # the control: the same film, finished already
-    assert entries(cache, "paths") == paths and sha(folder / "frames/0002.png") == made
+    assert files(cache) == paths and sha(folder / "frames/0002.png") == made
     edit(base / "tokenizer/tokenizer_config.json", pad_token="<|startoftext|>")
     with pytest.raises(UserError, match="holds another morph"):
         morph.main(morph_settings(pretrained_model_name_or_path=str(base)))
     morphed(pretrained_model_name_or_path=str(base), overwrite=True)
-    assert len(entries(cache, "paths")) == 2 * len(paths)
+    assert len(files(cache)) == 2 * len(paths)
     assert sha(folder / "frames/0002.png") != made
