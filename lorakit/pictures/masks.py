@@ -10,7 +10,7 @@ from PIL import Image
 
 from lorakit.pictures.folder import Row
 from lorakit.pictures.images import load_image
-from lorakit.pictures.views import View, entry_name
+from lorakit.pictures.views import View, entry_key
 
 MaskKind = Literal["beside", "alpha"]
 
@@ -18,7 +18,7 @@ MaskKind = Literal["beside", "alpha"]
 def mask_entry(view: View, kind: MaskKind, factor: int) -> bytes:
     """The name under which the weights of a view are cached."""
     source = view.row.sha256 if kind == "alpha" else view.row.mask_sha256
-    return entry_name("mask", kind, source, view.shape, view.offset, view.flip, factor)
+    return entry_key("mask", kind, source, view.shape, view.offset, view.flip, factor)
 
 
 def mask_weights(view: View, kind: MaskKind, factor: int, **options: Any) -> np.ndarray:

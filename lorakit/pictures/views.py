@@ -48,9 +48,14 @@ def share_lost(size: Shape, shape: Shape) -> float:
     return 1 - min(ratio, 1 / ratio)
 
 
-def entry_name(*parts) -> bytes:
-    """The name of a cache entry, 20 bytes: a hash of everything that its content depends on."""
+def entry_key(*parts) -> bytes:
+    """The name of an entry in a shard, 20 bytes: a hash of everything that its content depends on."""
     return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).digest()[:20]
+
+
+def entry_name(*parts) -> str:
+    """The file name of a cache entry, from the same hash."""
+    return entry_key(*parts).hex() + ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class View:
 
     def entry(self, vae_hash: str, dtype: str = "float32") -> bytes:
         """The name under which its moments are cached."""
-        return entry_name(self.row.sha256, self.shape, self.offset, self.flip, vae_hash, dtype)
+        return entry_key(self.row.sha256, self.shape, self.offset, self.flip, vae_hash, dtype)
 
     def pixels(self, image: Image) -> np.ndarray:
         """(3, H, W) in [-1, 1] of the picture `image`."""

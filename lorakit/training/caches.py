@@ -23,7 +23,7 @@ from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.shards import Shards
 from lorakit.pictures.images import load_image
 from lorakit.pictures.masks import MaskKind, mask_entry, mask_weights
-from lorakit.pictures.views import Shape, View, entry_name
+from lorakit.pictures.views import Shape, View, entry_key
 from lorakit.training.forecast import HELD_BYTES
 from lorakit.weights.tensors import serialize
 
@@ -65,13 +65,13 @@ class Cache:
         return tensor
 
 
-def write_entry(shards: Shards, name: bytes, tensor: Tensor) -> None:
-    shards.write(name, serialize({"tensor": tensor}, {}))
+def write_entry(shards: Shards, name: bytes, tensor: Tensor, dtype: str = "float32") -> None:
+    shards.write(name, serialize({"tensor": tensor.to(getattr(torch, dtype))}, {}))
 
 
-def missing_views(views: Sequence[View], shards: Shards, vae_hash: str) -> list[View]:
+def missing_views(views: Sequence[View], shards: Shards, vae_hash: str, dtype: str = "float32") -> list[View]:
     """The views that have no valid cache entry."""
-    return [view for view in views if shards.read(view.entry(vae_hash)) is None]
+    return [view for view in views if shards.read(view.entry(vae_hash, dtype)) is None]
 
 
 def rows_together(shape: Shape, device: torch.device) -> int:
@@ -88,6 +88,7 @@ def encode_views(
     *,
     image_options: dict,
     threads: int = 1,
+    dtype: str = "float32",
 ) -> Iterator[View]:
     """Encode views into the cache, shape by shape, and yield each once its entry is there.
 
@@ -111,7 +112,7 @@ def encode_views(
             for view, moments in zip(group, base.encode(images).cpu(), strict=False):
                 if not torch.isfinite(moments).all():
                     raise UserError(f"{view.row.name}: the VAE makes NaN or infinity of it; leave it out")
-                write_entry(shards, view.entry(vae_hash), moments)
+                write_entry(shards, view.entry(vae_hash, dtype), moments, dtype)
                 yield view
 
 
@@ -150,24 +151,24 @@ def cache_masks(
             write_entry(shards, name, torch.from_numpy(mask_weights(view, kind, factor, **image_options)))
 
 
-def text_names(prompts: Sequence[str], base: Base, text_hash: str) -> dict[str, bytes]:
-    """The names under which the text states of prompts are cached: those of their token ids.
+def text_names(
+    prompts: Sequence[str], base: Base, text_hash: str, dtype: str = "float32"
+) -> dict[str, bytes]:
+    """The names under which the text states of prompts are cached.
 
-    Another tokenizer never meets them so.
+    Args:
+        text_hash: of the text encoder and the tokenizer.
     """
-    names, settings = {}, (text_hash, str(base.dtype), base.clip_skip)
-    for some in _batches(prompts, 1000):
-        ids = base.tokenize(list(some)).tolist()
-        names |= {prompt: entry_name(row, *settings) for prompt, row in zip(some, ids, strict=True)}
-    return names
+    settings = (text_hash, str(base.dtype), base.clip_skip, dtype)
+    return {prompt: entry_key(prompt, *settings) for prompt in prompts}
 
 
 @torch.no_grad()
-def encode_prompts(names: Mapping[str, bytes], base: Base, shards: Shards) -> None:
-    """Encode into the cache what of text_names is missing: hidden states (L, D), float32."""
+def encode_prompts(names: Mapping[str, bytes], base: Base, shards: Shards, dtype: str = "float32") -> None:
+    """Encode into the cache what of text_names is missing: hidden states (L, D)."""
     missing = {name: prompt for prompt, name in names.items() if shards.read(name) is None}
     for some in _batches(list(missing.items()), CAPTIONS):
         prompts = [prompt for _, prompt in some]
         states = base.text_encoder(base.tokenize(prompts + [""] * (CAPTIONS - len(some))))[0]
         for (name, _), state in zip(some, states.float().cpu(), strict=False):
-            write_entry(shards, name, state)
+            write_entry(shards, name, state, dtype)

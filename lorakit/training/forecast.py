@@ -97,7 +97,7 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
         vae_hash = base_identity(base, "vae")
         views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
         cached = Shards(plan.cache_dir / "latents")
-        hits = sum(view.entry(vae_hash) in cached.names for view in views)
+        hits = sum(view.entry(vae_hash, cfg.cache_dtype) in cached.names for view in views)
         held = f"a run holds {HELD_BYTES / 1e6:,.0f} MB of latents, and of text states, at most"
         lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}; {held}")
     count = lora_parameters(cfg, base)

@@ -118,14 +118,16 @@ def class_data(cfg, plan: Plan, base: Base, accelerator, between: Callable[[], N
 def _cached(
     cfg, plan, base, accelerator, between, table: Table, shapes, rows: Views, prompts, beside=None
 ) -> TrainingData:
-    vae_hash, text_hash = (base_identity(base.info, part) for part in ("vae", "text_encoder"))
+    vae_hash = base_identity(base.info, "vae")
+    text_hash = base_identity(base.info, "text_encoder", "tokenizer")
     if cfg.base_loras:
         text_hash += json.dumps(base_loras_record(cfg))
     views = [view for row in rows for view in row]
     latents, masks, texts = (Shards(plan.cache_dir / kind) for kind in ("latents", "masks", "text"))
     share = slice(accelerator.process_index, None, accelerator.num_processes)
-    missing = missing_views(views[share], latents, vae_hash)
+    missing = missing_views(views[share], latents, vae_hash, cfg.cache_dtype)
     options = {"image_options": {"max_pixels": cfg.max_image_pixels}, "threads": cfg.dataloader_num_workers}
+    options["dtype"] = cfg.cache_dtype
     quiet = not missing or not accelerator.is_main_process
     encoding = encode_views(missing, base, latents, vae_hash, **options)
     for _ in tqdm(encoding, total=len(missing), desc="caching latents", disable=quiet):
@@ -140,8 +142,8 @@ def _cached(
     if encodes_text(cfg):
         ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
     else:
-        names = text_names(prompts, base, text_hash)
-        encode_prompts(dict(list(names.items())[share]), base, texts)
+        names = text_names(prompts, base, text_hash, cfg.cache_dtype)
+        encode_prompts(dict(list(names.items())[share]), base, texts, cfg.cache_dtype)
         states = Cache(texts, names, base.device)
         if cfg.prompt_embeds:
             captions = {caption for row in table.rows for caption in row.captions if caption}
@@ -154,7 +156,7 @@ def _cached(
     return TrainingData(
         table,
         shapes,
-        Cache(latents, [view.entry(vae_hash) for view in views], base.device),
+        Cache(latents, [view.entry(vae_hash, cfg.cache_dtype) for view in views], base.device),
         [len(row) for row in rows],
         base,
         text_states=states,

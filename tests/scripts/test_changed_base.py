@@ -70,6 +70,17 @@ def test_text_states_of_a_text_encoder_with_fewer_layers_are_made_anew(trained, 
     assert len(entries(cache, "text")) == 2 * len(before["text"])
 
 
+def test_text_states_of_another_tokenizer_are_made_anew(trained, base, tmp_path):
+    trained(max_train_steps=1)
+    before = {kind: entries(tmp_path / "cache", kind) for kind in ("text", "latents")}
+    edit(base / "tokenizer/tokenizer_config.json", pad_token="<|startoftext|>")
+    options = {"pretrained_model_name_or_path": str(base), "max_train_steps": 1, "overwrite": True}
+    warm = sha(trained(**options))
+    assert len(entries(tmp_path / "cache", "text")) == 2 * len(before["text"])
+    assert entries(tmp_path / "cache", "latents") == before["latents"]
+    assert sha(trained(cache_dir=str(tmp_path / "empty"), **options)) == warm
+
+
 def test_latents_of_a_vae_with_another_config_are_made_anew(trained, base, tmp_path):
     trained(max_train_steps=1)
     cache = tmp_path / "cache"

@@ -164,6 +164,25 @@ def test_text_states_are_those_of_the_text_encoder_and_survive_without_it(base, 
     assert "text_encoder" not in vars(fresh)  # never loaded
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_a_shorter_dtype_takes_half_the_disk_and_only_rounds(base, pictures, tmp_path, dtype, rounding):
+    views, prompts = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows], ["mountains", ""]
+    read = {}
+    for each in ("float32", dtype):  # one cache: entries of two dtypes do not meet
+        shards, names = Shards(tmp_path), text_names(prompts, base, "text", each)
+        assert len(missing_views(views, shards, "vae", each)) == len(views)
+        list(encode_views(views, base, shards, "vae", image_options={}, dtype=each))
+        encode_prompts(names, base, shards, each)
+        shards.seal()
+        moments = [Cache(shards, [view.entry("vae", each)], CPU)[0] for view in views]
+        read[each] = [*moments, *(Cache(shards, names, CPU)[prompt] for prompt in prompts)]
+    for exact, rounded in zip(*read.values(), strict=True):
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+        torch.testing.assert_close(rounded, exact, rtol=rounding, atol=1e-7)
+    whole, half = (path.stat().st_size for path in sorted(tmp_path.glob("*.shard")))
+    assert half < 0.6 * whole
+
+
 # ---- batches ----
 
 
