@@ -118,12 +118,13 @@ def time_reading(data: Path, cache: Path, output: Path) -> dict[str, float]:
     plan = make_plan(cfg)
     accelerator = start_processes(cfg, plan, [])
     batches, _, _ = prepare(cfg, plan, Base(plan.base), accelerator, output)
+    assert batches.text_states is not None
     rows, caches = range(min(1000, len(plan.table.rows))), (batches.latents, batches.text_states)
     seconds = {"disk": [], "memory": []}
     for _ in range(5):
         for where, budget in (("disk", 0), ("memory", 1 << 40)):
-            for cache in caches:
-                cache.held, cache.budget = {}, budget
+            for each in caches:
+                each.held, each.budget = {}, budget
             for held in (False, True):
                 begin = time.perf_counter()
                 for row in rows:

@@ -51,7 +51,7 @@ class Shards:
         for path in sorted(self.folder.glob("*.shard")):
             try:
                 with FileIO(path) as file:
-                    self._places |= {name: (path, *place) for name, *place in _places(file)}
+                    self._places |= {name: (path, start, size) for name, start, size in _places(file)}
             except OSError:  # what cannot be read is made anew
                 continue
 

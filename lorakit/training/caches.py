@@ -30,7 +30,8 @@ from lorakit.weights.tensors import serialize
 CAPTIONS = 8  # encoded together
 ROWS = 16  # pictures encoded together, at most
 PIXELS = {"cuda": 1 << 20}  # of them
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Cache:

@@ -113,7 +113,8 @@ def test_writers_at_once_have_shards_of_their_own_and_see_each_other_when_they_l
     assert one.read(name(1)) is None and two.read(name(1)) == content(1)
     one.refresh()
     assert one.read(name(1)) == content(1)  # though its shard is being written still
-    one.seal(), two.seal()
+    one.seal()
+    two.seal()
     assert there(tmp_path) == set(range(1, 7)) and len(list(tmp_path.iterdir())) == 2
 
 
