@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -20,7 +19,7 @@ from lorakit.pictures.captions import DataError, Fault
 from lorakit.pictures.clips import clip_frames
 from lorakit.pictures.folder import Row
 from lorakit.pictures.images import crop, load_image, resize_to_cover, to_array
-from lorakit.pictures.views import Shape, entry_name
+from lorakit.pictures.views import Shape, entry_key
 
 LEAST_SIDE = 0.75
 """Of the largest rectangle that the camera may look at: of a smaller one the caption may not be true."""
@@ -42,10 +41,11 @@ class StillClip:
     side: float
     corner: tuple[float, float]
 
-    def entry(self, cache_dir: Path, vae_hash: str) -> Path:
+    def entry(self, vae_hash: str, dtype: str = "float32") -> bytes:
+        """The name under which its moments are cached."""
         poses = [(pose.x, pose.y, pose.scale, pose.angle) for pose in self.poses]
-        name = entry_name("still clip", self.row.sha256, self.shape, poses, self.side, self.corner, vae_hash)
-        return cache_dir / "latents" / name
+        place = self.shape, poses, self.side, self.corner
+        return entry_key("still clip", self.row.sha256, *place, vae_hash, dtype)
 
     def frames(self, max_pixels: int) -> Iterator[np.ndarray]:
         """(3, H, W) in [-1, 1] of each frame."""
@@ -91,9 +91,10 @@ class FilmClip:
     count: int
     stride: int
 
-    def entry(self, cache_dir: Path, vae_hash: str) -> Path:
+    def entry(self, vae_hash: str, dtype: str = "float32") -> bytes:
+        """The name under which its moments are cached."""
         part = self.start, self.count, self.stride
-        return cache_dir / "latents" / entry_name("film clip", self.row.sha256, self.shape, part, vae_hash)
+        return entry_key("film clip", self.row.sha256, self.shape, part, vae_hash, dtype)
 
     def frames(self, max_pixels: int) -> Iterator[np.ndarray]:
         """(3, H, W) in [-1, 1] of each frame."""

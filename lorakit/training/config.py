@@ -82,7 +82,8 @@ class TrainConfig(Config):
     masked_loss: MaskKind | None = Field(None, description='weight the loss by a mask, white is trained: "beside": NAME-masklabel.png beside NAME.png, "alpha": what is opaque; null: all alike')
     unmasked_weight: float = Field(0.0, ge=0, lt=1, description="of the loss where a mask is black; a little keeps the surroundings from drifting")
     cache_dir: str | None = Field(None, description="cached latents and text states; null: <output_dir>/cache")
-    dataloader_num_workers: int = Field(0, ge=0, le=64, description="threads that decode pictures while latents are cached; steps need none")
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="of cached latents and text states; float16 halves the disk")
+    dataloader_num_workers: int = Field(0, ge=0, le=64, description="threads that decode pictures ahead while latents are cached, one at least; steps need none")
 
     init_lora: str | None = Field(None, min_length=1, description="LoRA file of any layout whose change the run starts with; rank, lora_alpha, target_modules and train_text_encoder are its own where they are not set")
     rank: int = Field(8, ge=1, le=1024, description="rank r of the update B A")

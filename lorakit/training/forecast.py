@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.ground.publish import existing_parent
+from lorakit.ground.shards import Shards
 from lorakit.sampling.forecast import LIBRARIES, TRANSFORMER_TENSORS, backward_bytes, halves_of
 from lorakit.sampling.prompts import text_notes
 from lorakit.training.class_pictures import shows_class
@@ -23,6 +24,9 @@ from lorakit.weights.base_settings import base_line, text_layers
 from lorakit.weights.identity import base_identity
 from lorakit.weights.lora_file import TARGET_PRESETS, ends_in
 from lorakit.weights.tokens import overlong, unread_notes
+
+HELD_BYTES = 1 << 24
+"""What is kept of each cache, of latents, masks and text states; the rest is read as steps need it."""
 
 
 def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
@@ -114,8 +118,10 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
         vae_hash = base_identity(base, "vae")
         rows = [*training_views(cfg, plan), *validation_views(cfg, plan)]
         views = [view for row in rows for view in row]
-        hits = sum(view.entry(plan.cache_dir, vae_hash).exists() for view in views)
-        lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}")
+        cached = Shards(plan.cache_dir / "latents")
+        hits = sum(view.entry(vae_hash, cfg.cache_dtype) in cached.names for view in views)
+        held = f"a run holds {HELD_BYTES / 1e6:,.0f} MB of latents, and of text states, at most"
+        lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}; {held}")
     count = lora_parameters(cfg, base)
     size = "size not known before the base is here" if count is None else f"{count:,} parameters"
     lines.append(f"LoRA        rank {cfg.rank}, {size}" if trains_lora(cfg) else "LoRA        none")

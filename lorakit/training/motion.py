@@ -4,7 +4,6 @@ The student sees the frames of a clip together; the base and the adapter stay as
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from torch import Tensor
 from lorakit.diffusion.models import Base
 from lorakit.ground.errors import UserError
 from lorakit.ground.randomness import derive_seed, normal, uniform
+from lorakit.ground.shards import Shards
 from lorakit.motion.carried_noise import film_noise
 from lorakit.motion.filming import Studio
 from lorakit.sampling.samplers import make_scheduler, picture_noise
+from lorakit.training.caches import write_entry
 from lorakit.training.clips import Clip, StillClip
-from lorakit.training.data import write_entry
 from lorakit.training.objectives import Models, Pass, Term
 
 SHOWN = 4
@@ -74,11 +74,12 @@ class Carried:
 def encode_clips(
     clips: Sequence[Clip],
     base: Base,
-    cache_dir: Path,
+    shards: Shards,
     vae_hash: str,
     *,
     image_options: dict[str, Any],
-    threads: int = 0,
+    threads: int = 1,
+    dtype: str = "float32",
 ) -> Iterator[Clip]:
     """Encode clips into the cache, frame by frame, and yield each once its entry is there.
 
@@ -93,7 +94,7 @@ def encode_clips(
         moments = torch.cat([base.encode(frame[None]) for frame in pixels])  # (F, 2C, h, w)
         if not torch.isfinite(moments).all():
             raise UserError(f"{clip.row.name}: the VAE makes NaN or infinity of it; leave it out")
-        write_entry(clip.entry(cache_dir, vae_hash), moments)
+        write_entry(shards, clip.entry(vae_hash, dtype), moments.cpu(), dtype)
         yield clip
 
 

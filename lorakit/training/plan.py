@@ -131,7 +131,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         if cfg.n_epochs and steps * total_batch >= cfg.n_epochs * epoch
         else None,
         cache_dir=_cache_dir(cfg),
-        notes=(*base.notes, *_notes(cfg, table, shapes, validation)),
+        notes=(*base.notes, *_notes(cfg, table, shapes, validation), *_earlier_cache(_cache_dir(cfg))),
     )
     check_room(cfg, plan)
     return replace(plan, notes=(*plan.notes, *doubts(cfg, plan)))
@@ -156,6 +156,14 @@ def count_steps(cfg: Any, epoch: int, total_batch: int) -> int:
 
 def _cache_dir(cfg: Any) -> Path:
     return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
+
+
+def _earlier_cache(cache_dir: Path) -> Iterator[str]:
+    if any(next(cache_dir.glob(f"{kind}/*.safetensors"), None) for kind in ("latents", "masks", "text")):
+        yield (
+            f"cache_dir {cache_dir}: files of an earlier version, one for each picture, are not read, and "
+            "what they hold is made anew; delete */*.safetensors there"
+        )
 
 
 def result_paths(cfg: Any) -> dict[Path, Any]:
