@@ -117,7 +117,7 @@ def test_pictures_of_a_dataset_stay_on_the_disk(tmp_path):
 
     import datasets
 
-    from lorakit.training.plan import read_table
+    from lorakit.training.tables import read_table
 
     noise = np.random.default_rng(0).integers(0, 256, (40, 270, 256, 3), np.uint8)
     records = {"image": [Image.fromarray(each) for each in noise], "text": [str(i) for i in range(40)]}
