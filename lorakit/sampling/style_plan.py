@@ -72,9 +72,9 @@ class StyleConfig(SamplingConfig):
 
     def _check_path(self) -> None:
         if self.images_per_picture > 1:
-            raise ValueError("images_per_picture, start_from: inversion draws no noise, every seed is the same")
+            raise ValueError("images_per_picture, start_from: inversion draws no noise, every seed is the same; set start_from=noise")
         if self.scheduler not in (None, "ddim"):
-            raise ValueError(f'scheduler, start_from: inversion goes back on the path of ddim; leave "{self.scheduler}" out')
+            raise ValueError(f'scheduler, start_from: inversion goes back on the path of ddim; leave "{self.scheduler}" out, or set start_from=noise')
         if self.name == "cache" and self.cache_dir is None:
             raise ValueError('name "cache": names a folder that is in use; choose another')
 
