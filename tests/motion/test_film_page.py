@@ -30,7 +30,7 @@ def film(tiny_base, tmp_path):
         values[12:36, 12:36] = colour
         frames.append(Image.fromarray(values))
     keys = {"pretrained_model_name_or_path": str(tiny_base), "prompt": "hills", "frames": len(frames)}
-    keys |= {"camera": {"pan": 0.3}, "formats": ["gif"], "min_side": 48}
+    keys |= {"camera": {"pan": 0.3}, "formats": ["gif"], "min_side": 48, "width": 48, "height": 48}
     plan = make_animate_plan(load_config(AnimateConfig, None, settings_of(**keys)).config)
     write_outputs(plan, tmp_path, frames, EncoderDistance(Base(plan.base)), {"seconds": 1.5})
     return tmp_path
