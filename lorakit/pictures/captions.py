@@ -10,10 +10,10 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from lorakit.ground.errors import UserError
 
@@ -45,11 +45,15 @@ class DataError(UserError):
         self.faults = tuple(faults)
 
 
+Stored: TypeAlias = Callable[[], bytes]
+"""A picture that is fetched from where it lies whenever it is needed."""
+
+
 class Item(NamedTuple):
     """A picture that is still to be checked."""
 
     name: str
-    source: Path | bytes
+    source: Path | bytes | Stored
     caption: Any  # None where there is none, a list where there are several
     line: str  # where the caption stands, "" for nowhere
     in_file: bool = False  # of its own, whose lines were broken by an editor or are several captions

@@ -54,7 +54,7 @@ class TrainConfig(Config):
     deterministic: bool = Field(False, description="bit-exact resume on a GPU too, by slower kernels (a CPU run is bit-exact always)")
 
     data_dir: str | None = Field(None, description="folder of pictures, with metadata.jsonl (file_name, text) or a .txt beside each picture; see caption_extension")
-    dataset_name: str | None = Field(None, description="instead of data_dir: a hub dataset, or a folder that datasets.load_dataset reads; its pictures are held in memory")
+    dataset_name: str | None = Field(None, description="instead of data_dir: a hub dataset, or a folder that datasets.load_dataset reads; its pictures stay on the disk until they are encoded")
     dataset_config_name: str | None = Field(None, description="configuration of that dataset")
     dataset_split: str = Field("train", description="split of that dataset, datasets' slicing allowed")
     image_column: str = Field("image", description="its column of pictures")

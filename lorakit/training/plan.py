@@ -8,11 +8,13 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
+from lorakit.pictures.captions import Stored
 from lorakit.pictures.folder import Table, read_folder, read_rows
 from lorakit.pictures.views import Shape, View, assign_shapes, share_lost, views_of
 from lorakit.pictures.wording import with_repeats, with_wording
@@ -267,8 +269,8 @@ def _load_dataset(cfg: Any) -> Any:
     return dataset[cfg.dataset_split] if isinstance(dataset, datasets.DatasetDict) else dataset
 
 
-def _dataset_records(cfg: Any) -> Iterator[tuple[str, bytes, Any]]:
-    """(name, bytes of the picture, caption) of each row of a Hugging Face dataset."""
+def _dataset_records(cfg: Any) -> Iterator[tuple[str, Stored, Any]]:
+    """(name, picture, caption) of each row of a Hugging Face dataset, whose pictures stay on the disk."""
     import datasets
 
     where = f"dataset_name {cfg.dataset_name}"
@@ -284,14 +286,17 @@ def _dataset_records(cfg: Any) -> Iterator[tuple[str, bytes, Any]]:
             f"{', '.join(dataset.column_names)}"
         )
     try:
-        dataset = dataset.select_columns([cfg.image_column, caption])
-        dataset = dataset.cast_column(cfg.image_column, datasets.Image(decode=False))
+        pictures = dataset.select_columns([cfg.image_column])
+        pictures = pictures.cast_column(cfg.image_column, datasets.Image(decode=False))
     except Exception as error:  # arrow and datasets raise their own kinds
         raise UserError(f"{where}: image_column {cfg.image_column} holds no pictures ({error})") from None
-    for number, record in enumerate(dataset):
-        image: dict[str, Any] = record[cfg.image_column] or {"bytes": b""}
-        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        yield f"row {number}", content, record[caption]
+
+    def picture(number: int) -> bytes:
+        image: dict[str, Any] = pictures[number][cfg.image_column] or {"bytes": b""}
+        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+    for number, record in enumerate(dataset.select_columns([caption])):
+        yield f"row {number}", partial(picture, number), record[caption]
 
 
 def _notes(table: Table, shapes: tuple[Shape, ...], validation: Table | None) -> Iterator[str]:
