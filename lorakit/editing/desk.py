@@ -58,6 +58,8 @@ class Desk:
     Args:
         cfg: of the run; `plan` was made of it.
         cache: folder of inverted paths.
+
+    `inversion_seconds` were spent on them.
     """
 
     base: Base
@@ -65,6 +67,7 @@ class Desk:
     plan: EditPlan
     cache: Path
     sources: dict[Path, Source] = field(default_factory=dict)
+    inversion_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         cfg, base = self.cfg, self.base
@@ -162,7 +165,9 @@ class Desk:
         own = file_sha256(cell.image), _digest(row.prompt_embeds), _record(loras)
         name = how.entry(self.cache, self.base.info, self.plan.shape, str(self.base.dtype), *own)
         if name not in self.sources:
+            begun = time.perf_counter()
             path = invert_cached(self.denoiser, row, [self.latents], [name], how)
+            self.inversion_seconds += time.perf_counter() - begun
             self.sources[name] = Source(path, row, grid)
         return self.sources[name]
 
