@@ -3,6 +3,7 @@
     python animate.py                                            # a pan over mountains, on the embedded base
     python animate.py camera.pan=0 camera.zoom=1.4 prompt="a photo of snowy mountains at noon with a lake"
     python animate.py camera.zoom=[1,1.3,1] loop=true loras.0.path=ckpt/ink.safetensors
+    python animate.py cfg/animate/picture.json                   # into a photograph, which the film starts on
     python animate.py cfg/sd15/animate.json motion_adapter=ADAPTER       # AnimateDiff on Stable Diffusion 1.5
 
 The noise of the frames lies in a scene and is seen through the camera (after Chang et al. 2024), and while
@@ -29,6 +30,7 @@ from lorakit.ground.runs import lock_run
 from lorakit.motion.animate_plan import AnimatePlan, describe_animation, fingerprint, make_animate_plan
 from lorakit.motion.config import AnimateConfig
 from lorakit.pictures.animation import FORMATS
+from lorakit.sampling.fitting import OF_THE_BASE, Fit, fit_lora
 from lorakit.sampling.recipe import parse_sampling, png_text
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def animate(plan: AnimatePlan, folder: Path, stop: StopFlag, hint: str) -> None:
 
     from lorakit.diffusion.metrics import EncoderDistance
     from lorakit.motion.animate_report import summary, write_outputs
-    from lorakit.motion.filming import inflate, open_studio, scene_noise
+    from lorakit.motion.filming import inflate, open_studio, put_in_picture, scene_noise
     from lorakit.sampling.samplers import LoraStack, open_planned
 
     # -- base, adapter, LoRAs
@@ -73,11 +75,13 @@ def animate(plan: AnimatePlan, folder: Path, stop: StopFlag, hint: str) -> None:
         if plan.adapter:
             inflate(base, plan.adapter)
         stack = LoraStack(base)
-        stack.use((*cfg.loras, *cfg.prompt_loras()))
+        stack.use(cfg.all_loras())
         print_notes(stack.new_notes())
 
         # -- the frames' noise, and what they agree on while it leaves them
         studio = open_studio(plan, base)
+        if cfg.image:
+            put_in_picture(plan, studio)
         rows = (1 + (cfg.sampler()[2] != 1)) * (sum(map(len, plan.wide)) if plan.wide else cfg.frames)
         with tqdm(total=rows * cfg.sampler()[1], desc=cfg.name, unit="row") as bar:
 
@@ -86,7 +90,7 @@ def animate(plan: AnimatePlan, folder: Path, stop: StopFlag, hint: str) -> None:
                 if signum := stop.poll():
                     raise StoppedError(f"what is done is kept. To go on: {hint}", signum)
 
-            noise = scene_noise(plan, base)
+            noise = scene_noise(plan, base, studio.shown)
             kept = folder / "state/film.safetensors", key
             latents = studio.denoise(noise, cfg.sampler()[1], step, kept)
 
@@ -102,6 +106,16 @@ def animate(plan: AnimatePlan, folder: Path, stop: StopFlag, hint: str) -> None:
     }
     frames = [open_frame(path) for path in paths]
     print("\n".join(summary(write_outputs(plan, folder, frames, EncoderDistance(base), report))))
+
+
+def fit_missing(cfg: AnimateConfig, plan: AnimatePlan, folder: Path, stop: StopFlag) -> None:
+    """Train the LoRA of the picture that the film starts from, if it is not there yet."""
+    for lora in plan.missing:
+        assert cfg.image
+        base = {key: getattr(cfg, key) for key in OF_THE_BASE}
+        data = folder / "fit" / Path(lora).stem
+        fit = Fit(lora, cfg.image, cfg.prompts()[0], plan.shape, cfg.fit_config, data, base)
+        fit_lora(fit, stop, Path(__file__).with_name("train_lora.py"))
 
 
 def develop(base: "Base", cfg: AnimateConfig, latents: "Tensor", paths: Sequence[Path]) -> None:
@@ -136,6 +150,7 @@ def main(argv: Sequence[str]) -> int:
     check_writable(folder.parent, 2 * cfg.frames * width * height * 3)
     hint = shlex.join(["python", "animate.py", *(word for word in argv if not word.startswith("overwrite="))])
     with lock_run(folder), StopFlag() as stop:
+        fit_missing(cfg, plan, folder, stop)
         animate(plan, folder, stop, hint)
     print(f"wrote       {folder}: {cfg.frames} frames, sheet.png, report.json; look at {folder}/index.html")
     return 0

@@ -2,6 +2,7 @@
 
     python style_transfer.py                                     # two mountains as ink drawings
     python style_transfer.py image=PICTURE.jpg prompt="an ink drawing of a lake" strength=0.7
+    python style_transfer.py start_from=inversion guidance_scale=1    # from each picture's own noise
     python style_transfer.py image=FOLDER grid.strength=[0.4,0.6,0.8] grid.weight=[0,0.5,1]
     python style_transfer.py cfg/sd15/style_transfer.json        # Stable Diffusion 1.5, on a GPU
 
@@ -33,6 +34,7 @@ from lorakit.sampling.style_plan import (
     find_captions,
     find_pictures,
     notes_of,
+    path_lines,
     with_caption,
 )
 from lorakit.weights.base import BaseInfo, inspect_base
@@ -127,6 +129,7 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
     from lorakit.diffusion.models import open_base
     from lorakit.sampling import restyling
     from lorakit.sampling.grid import Batch, fill
+    from lorakit.sampling.own_path import OwnPaths
     from lorakit.sampling.page import write_page
 
     started = time.perf_counter()
@@ -136,16 +139,18 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
     controlnet = restyling.load_controlnet(name, base) if name else None
     sources = [read_source(cfg, path, shape_of(cfg, base.info, path)) for path in paths]
     captions = read_captions(cfg, base, paths, sources)
+    pictures, hints = [source.picture for source in sources], [source.hint for source in sources]
+    own = OwnPaths(base, controlnet, cfg, paths, pictures, hints)
 
-    def render(batch: Batch) -> list["Image"]:
+    def anew(batch: Batch) -> list["Image"]:
         cell = batch.cfg
         _, steps, guidance_scale = cell.sampler()
-        images = restyling.restyle(
+        return restyling.restyle(
             base,
             controlnet,
             batch.scheduler,
-            [sources[number].picture for number in batch.subjects],
-            [sources[number].hint for number in batch.subjects],
+            [pictures[number] for number in batch.subjects],
+            [hints[number] for number in batch.subjects],
             batch.prompt_embeds,
             batch.negative_embeds,
             seeds=batch.seeds,
@@ -154,9 +159,12 @@ def restyle_all(cfg: StyleConfig, info: BaseInfo, paths: list[str], folder: Path
             guidance_scale=guidance_scale,
             control={key: getattr(cell, key) for key in CONTROL},
         )
-        if cell.colour == "style":
+
+    def render(batch: Batch) -> list["Image"]:
+        images = (anew if batch.cfg.start_from == "noise" else own.restyle)(batch)
+        if batch.cfg.colour == "style":
             return images
-        return [with_colours(i, sources[n].picture) for i, n in zip(images, batch.subjects, strict=True)]
+        return [with_colours(i, pictures[n]) for i, n in zip(images, batch.subjects, strict=True)]
 
     def alone(cell: StyleConfig, subject: int, seed: int) -> StyleConfig:
         return cell.model_copy(update={"image": paths[subject], "seed": seed, "images_per_picture": 1})
@@ -206,13 +214,16 @@ def main(argv: list[str]) -> int:
         lambda folder: restyle_all(cfg, info, paths, folder),
         what=f"{count} of {len(paths)} with {info.name}",
         notes=notes,
-        forecast=lambda: describe_sampling(
-            cells,
-            info,
-            [shape_of(cfg, info, path) for path in paths],
-            cfg.images_per_picture,
-            controlnet_parameters(cfg, info),
-        ),
+        forecast=lambda: [
+            *describe_sampling(
+                cells,
+                info,
+                [shape_of(cfg, info, path) for path in paths],
+                cfg.images_per_picture,
+                controlnet_parameters(cfg, info),
+            ),
+            *path_lines(cells),
+        ],
         files=f"{count} pictures, edges, report.json",
     )
 

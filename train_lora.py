@@ -77,7 +77,7 @@ def train(
     if not plan.base.known:  # a hub id that was not on this machine
         plan = replace(make_plan(cfg, plan.world_size, base.info), steps=plan.steps, samples=plan.samples)
         if resume is not None:
-            check_base(resume, base.info)
+            check_base(resume, plan.base)
 
     with StopFlag() as stop, contextlib.ExitStack() as closing:
 

@@ -155,6 +155,15 @@ def tiny_base(once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def adapters(once) -> dict[str, str]:
+    """A motion adapter for the tiny base, by layout, see narrow.write_motion_adapter."""
+    from narrow import write_motion_adapter
+
+    folder = once("adapters", lambda folder: write_motion_adapter(folder, small.tiny_unet()))
+    return {"folder": str(folder / "folder"), "original": str(folder / "original.safetensors")}
+
+
+@pytest.fixture(scope="session")
 def command() -> Iterator[Server]:
     """Runs a script as a process of its own: `command("train_lora", [...])`."""
     server = Server()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from small import settings_of
 
@@ -45,3 +46,20 @@ def report_in(folder: Path) -> dict[str, Any]:
 
 def distance(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one - other).max())
+
+
+def save_controlnet(folder, unet, seed=None, channels=(8, 16)):
+    """A ControlNet as training starts with, of no effect; with a seed its zero convolutions are filled."""
+    from diffusers import ControlNetModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
+    if seed is not None:
+        zeros = [p for p in controlnet.parameters() if not p.any() and p.ndim == 4]
+        assert len(zeros) >= 5
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in zeros:
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    controlnet.save_pretrained(folder)
+    return str(folder)

@@ -324,22 +324,32 @@ def _read_lora(path: Path) -> None:
     read_any(path)
 
 
-def _entries() -> list[bytes]:
-    import torch
+def _shards() -> list[bytes]:
+    from lorakit.ground.shards import Shards
 
-    from lorakit.training.data import write_entry
+    contents = []
+    for sealed in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            shards = Shards(Path(folder))
+            for number in range(4):
+                shards.write(bytes([number] * 20), bytes(range(64)) * number)
+            if sealed:
+                shards.seal()
+            contents += [path.read_bytes() for path in Path(folder).iterdir()]
+    return contents
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "entry.safetensors"
-        write_entry(path, torch.arange(64.0).reshape(4, 4, 4))
-        return [path.read_bytes()]
 
+def _read_shard(path: Path) -> None:
+    from lorakit.ground.shards import Shards
 
-def _read_entry(path: Path) -> None:
-    from lorakit.training.data import read_entry
-
-    if read_entry(path) is None:
-        raise UserError("no entry")  # which is how a damaged one is refused
+    folder = path.with_name("shards")
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(path, folder / "00000001-000000000000.shard")
+    shards = Shards(folder)
+    for number in range(4):
+        if (data := shards.read(bytes([number] * 20))) is None:
+            raise UserError("no entry")  # which is how a damaged one is refused
+        assert data == bytes(range(64)) * number
 
 
 def _pictures() -> list[bytes]:
@@ -406,7 +416,7 @@ READERS = {
     "manifest": Reader(_manifests, damaged_json, _read_manifest),
     "metrics": Reader(_metrics, damaged_lines, _read_metrics),
     "LoRA": Reader(_loras, damaged_safetensors, _read_lora),
-    "cache entry": Reader(_entries, damaged_safetensors, _read_entry),
+    "shard": Reader(_shards, damaged_bytes, _read_shard),
     "picture": Reader(_pictures, damaged_picture, _read_picture),
     "base": Reader(_base_configs, damaged_json, _read_base),
 }  # fmt: skip

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "pictures": {"ground"},
     "diffusion": {"ground", "weights", "pictures"},
     "sampling": {"ground", "weights", "pictures", "diffusion"},
-    "training": {"ground", "weights", "pictures", "diffusion", "sampling"},
+    "training": {"ground", "weights", "pictures", "diffusion", "sampling", "film", "motion"},
     "editing": {"ground", "weights", "pictures", "diffusion", "sampling"},
     "film": {"ground", "weights", "pictures", "diffusion", "sampling"},
     "motion": {"ground", "weights", "pictures", "diffusion", "sampling", "film"},

@@ -79,10 +79,11 @@ def edit_anchored(
     start: int = 0,
     latents: Tensor | None = None,
     where: Tensor | None = None,
+    share: float = 1.0,
 ) -> Iterator[Tensor]:
     """The latents (R, C, h, w) of nodes start + 1 … n, corrected by what the source misses `trajectory` by.
 
-    z_{i+1} = step(z_i) + d_i with d_i = z*_{i+1} - step(z*_i), for any trajectory z* (n + 1, B, C, h, w).
+    z_{i+1} = step(z_i) + share d_i, d_i = z*_{i+1} - step(z*_i), for any trajectory z* (n + 1, B, C, h, w).
 
     With one noise for both this is the trajectory itself; with another prompt it is an edit that keeps what
     the prompts have in common.
@@ -101,7 +102,10 @@ def edit_anchored(
         moved = ddim_step(latents, noise, *levels) - own
         if where is not None:  # what lies outside is put back on its own path
             moved = where * moved
-        latents = trajectory[i + 1] + moved
+        anchor = trajectory[i + 1]
+        if share != 1:
+            anchor = own + share * (anchor - own)
+        latents = anchor + moved
         yield latents
 
 

@@ -1,5 +1,6 @@
 """Pictures and their paths from noise: each is inverted once, alone, and its path is kept by content."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from lorakit.ground.publish import explained, publish_file
 from lorakit.pictures.images import to_array
 from lorakit.pictures.views import entry_name
 from lorakit.weights.base import BaseInfo
-from lorakit.weights.identity import base_identity
+from lorakit.weights.identity import base_identity, file_sha256
 from lorakit.weights.tensors import read_tensors, serialize
 
 CACHE_VERSION = 2
@@ -48,6 +49,26 @@ class Inverting:
         shared += [self.guidance_scale, self.negative_prompt if guided else None]
         shared += [self.prediction_type, self.clip_skip]
         return folder / "paths" / entry_name(*shared, *own)
+
+
+def path_name(
+    how: Inverting,
+    folder: Path,
+    base: Base,
+    shape: tuple[int, int],
+    picture: str,
+    row: Rows,
+    loras: str = "[]",
+) -> Path:
+    """The cache entry of a file's path under the text states of `row`.
+
+    Args:
+        shape: width and height in pixels.
+        loras: what LoRAs do to it, as a text.
+    """
+    states = row.prompt_embeds.detach().cpu().contiguous().numpy().tobytes()
+    own = file_sha256(picture), hashlib.sha256(states).hexdigest(), loras
+    return how.entry(folder, base.info, shape, str(base.dtype), *own)
 
 
 def encode_picture(base: Base, picture: Image.Image) -> Tensor:

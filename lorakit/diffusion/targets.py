@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 
 from lorakit.ground.errors import UserError
-from lorakit.weights.lora_file import TARGET_PRESETS
+from lorakit.weights.lora_file import TARGET_PRESETS, ends_in
 from lorakit.weights.lora_foreign import some
 from lorakit.weights.lora_metadata import Component
 
@@ -23,7 +23,7 @@ def resolve_targets(component: Component, names: Sequence[str], targets: str | S
     if isinstance(targets, str) and targets not in presets:
         raise UserError(f"targets {targets!r}: no such preset; choose {', '.join(presets)}, or list modules")
     ends = presets[targets] if isinstance(targets, str) else targets
-    chosen = {end: {name for name in names if f".{name}".endswith(f".{end}")} for end in ends}
+    chosen = {end: {name for name in names if ends_in(name, end)} for end in ends}
     lost = [end for end in ends if not chosen[end]]
     # A preset may name a kind of layer that a base lacks, such as conv_shortcut; a list may not.
     if not isinstance(targets, str) and lost or len(lost) == len(ends):

@@ -1,6 +1,5 @@
 """A picture on the desk: its latents, its paths under every prompt and LoRA that edits ask for, and edits."""
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from lorakit.diffusion.denoiser import Denoiser, Rows
 from lorakit.diffusion.fit import NOTICED, fit_losses
 from lorakit.diffusion.models import Base
-from lorakit.diffusion.paths import Inverting, decode_picture, encode_picture, invert_cached
+from lorakit.diffusion.paths import Inverting, decode_picture, encode_picture, invert_cached, path_name
 from lorakit.editing.config import DRAWS, EditConfig, PictureConfig
 from lorakit.editing.edit_plan import EditPlan
 from lorakit.editing.imagic import Embedding
@@ -38,7 +37,7 @@ from lorakit.sampling.config import LoraEntry
 from lorakit.sampling.encoding import PromptEncoder
 from lorakit.sampling.prompts import lora_files
 from lorakit.sampling.samplers import LoraStack, picture_noise
-from lorakit.weights.identity import file_sha256, lora_sha256
+from lorakit.weights.identity import lora_sha256
 
 
 @dataclass(frozen=True)
@@ -162,18 +161,13 @@ class Desk:
         if isinstance(cell, EditConfig) and cell.method in DRAWS:
             return Source(self.latents[None], row, grid)
         how = Inverting(steps, prediction_type=cell.prediction_type, clip_skip=cell.clip_skip)
-        own = file_sha256(cell.image), _digest(row.prompt_embeds), _record(loras)
-        name = how.entry(self.cache, self.base.info, self.plan.shape, str(self.base.dtype), *own)
+        name = path_name(how, self.cache, self.base, self.plan.shape, cell.image, row, _record(loras))
         if name not in self.sources:
             begun = time.perf_counter()
             path = invert_cached(self.denoiser, row, [self.latents], [name], how)
             self.inversion_seconds += time.perf_counter() - begun
             self.sources[name] = Source(path, row, grid)
         return self.sources[name]
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _record(loras: Sequence[LoraEntry]) -> str:

@@ -90,7 +90,7 @@ class MorphConfig(Config):
         if self.embedding_dirs and self.prompt_syntax == "plain":
             raise ValueError('embedding_dirs, prompt_syntax: learnt words are read with prompt_syntax "a1111"')
         if self.inversion_method == "fixed_point" and self.solver != "ddim":
-            raise ValueError('inversion_method, solver: fixed_point seeks the noise from which ddim comes back, and does not go with ab2')
+            raise ValueError('inversion_method, solver: fixed_point seeks the noise from which ddim comes back; set solver=ddim')
         return self
 # fmt: on
 

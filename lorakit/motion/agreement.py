@@ -12,10 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from lorakit.motion.camera import Pose, between
+from lorakit.motion.camera import Move, Pose, between
 
 DEVIATIONS = 2.5
 """How far frames take part, in units of the reach."""
+
+
+def seen_at(shape: tuple[int, int], move: Move, unit: float) -> Tensor:
+    """Where each cell lies after a move, (h, w, 2): x and y, -1 and 1 at the centres of the outermost cells.
+
+    Args:
+        unit: pixels of a cell's side.
+    """
+    height, width = shape
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    x, y = x - (width - 1) / 2, y - (height - 1) / 2
+    grown = math.exp(move.log_scale)
+    cos, sin = grown * math.cos(move.angle), grown * math.sin(move.angle)
+    u, v = cos * x - sin * y + move.dx / unit, sin * x + cos * y + move.dy / unit
+    return torch.stack([2 * u / (width - 1), 2 * v / (height - 1)], -1)
 
 
 class Agreement:
@@ -27,9 +42,6 @@ class Agreement:
     """
 
     def __init__(self, poses: Sequence[Pose], shape: tuple[int, int], factor: int, reach: float, loop: bool):
-        height, width = shape
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        x, y = x - (width - 1) / 2, y - (height - 1) / 2
         self.near: list[tuple[list[int], Tensor, Tensor]] = []
         for i, here in enumerate(poses):
             js, grids, weights = [], [], []
@@ -38,11 +50,7 @@ class Agreement:
                 apart = min(apart, len(poses) - apart) if loop else apart
                 if apart > DEVIATIONS * reach:
                     continue
-                move = between(here, there)
-                grown = math.exp(move.log_scale)
-                cos, sin = grown * math.cos(move.angle), grown * math.sin(move.angle)
-                u, v = cos * x - sin * y + move.dx / factor, sin * x + cos * y + move.dy / factor
-                grid = torch.stack([2 * u / (width - 1), 2 * v / (height - 1)], -1)
+                grid = seen_at(shape, between(here, there), factor)
                 inside = (grid.abs() <= 1 + 1e-6).all(-1).float()
                 js.append(j)
                 grids.append(grid)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.ground.errors import UserError
@@ -12,18 +12,21 @@ from lorakit.motion.camera import Pose, path
 from lorakit.motion.config import DRAWING, AnimateConfig
 from lorakit.motion.windows import WINDOW, windows
 from lorakit.pictures.animation import missing_writers
-from lorakit.sampling.config import check_size
+from lorakit.pictures.images import image_size
+from lorakit.sampling.config import check_size, shape_of
+from lorakit.sampling.fitting import missing_loras
 from lorakit.sampling.forecast import memory_lines, model_lines
 from lorakit.sampling.prompts import lora_files, text_notes
 from lorakit.weights.base import BaseInfo, inspect_base
+from lorakit.weights.few_steps import refuse_few_steps
 from lorakit.weights.identity import base_identity, file_sha256, lora_sha256
-from lorakit.weights.motion_adapter import MotionInfo, inspect_motion_adapter
+from lorakit.weights.motion_adapter import MotionInfo, inspect_motion_adapter, with_betas
 
 VERSION = 1  # of what frames are a function of; counts up when the same config gives other frames
 # What only shows frames, or says where they go.
 PRESENTATION = {
     "output_dir", "name", "overwrite", "formats", "fps", "hold_ms", "pingpong", "min_side", "model_dirs",
-    "grid",
+    "grid", "train_if_missing", "fit_config",
 }  # fmt: skip
 
 
@@ -31,6 +34,7 @@ PRESENTATION = {
 class AnimatePlan:
     """`cfg` with a value for each key of the sampler; `shape` is (width, height) in pixels.
 
+    `missing` LoRAs are to be trained first.
     `wide` are the windows of the adapter, with weights; None: there is none, and frames are made alone.
     """
 
@@ -40,6 +44,7 @@ class AnimatePlan:
     shape: tuple[int, int]
     poses: Sequence[Pose]
     wide: Sequence[Sequence[tuple[int, float]]] | None
+    missing: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -54,9 +59,7 @@ def make_animate_plan(cfg: AnimateConfig, base: BaseInfo | None = None) -> Anima
     """
     base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
     check_size(cfg, base)
-    if cfg.beta_schedule and base.known:
-        scheduler = base.configs["scheduler"] | {"beta_schedule": cfg.beta_schedule, "trained_betas": None}
-        base = replace(base, configs=base.configs | {"scheduler": scheduler})
+    base = with_betas(base, cfg.beta_schedule)
     for name, reason in missing_writers(cfg.formats).items():
         raise UserError(f'formats: "{name}" cannot be written: {reason}; or leave it out')
     resolved, notes = cfg.resolved()
@@ -74,10 +77,32 @@ def make_animate_plan(cfg: AnimateConfig, base: BaseInfo | None = None) -> Anima
         *notes,
         *text_notes(texts, cfg.prompt_syntax, cfg.embedding_dirs, base, lora_files([cfg])),
     ]
+    missing = missing_loras([cfg.lora] if cfg.lora else [], cfg.train_if_missing, cfg.fit_config, "lora=null")
     shape = cfg.width or base.resolution, cfg.height or base.resolution
+    if cfg.image:
+        shape = shape_of(cfg, base, cfg.image)
+        notes += _picture_notes(cfg, shape, missing)
     poses = path(cfg.frames, shape, cfg.camera.keys(), cfg.camera.easing, cfg.loop)
     wide = _wide(cfg, adapter) if adapter else None
-    return AnimatePlan(resolved, base, adapter, shape, poses, wide, tuple(dict.fromkeys(notes)))
+    return AnimatePlan(resolved, base, adapter, shape, poses, wide, missing, tuple(dict.fromkeys(notes)))
+
+
+def _picture_notes(cfg: AnimateConfig, shape: tuple[int, int], missing: Sequence[str]) -> list[str]:
+    """What should be known of the picture that a film starts from.
+
+    Raises:
+        UserError: it cannot be read, or a LoRA is for few steps, under which it has no path to its noise.
+    """
+    assert cfg.image
+    size, notes = image_size(cfg.image), []
+    if size != shape:
+        notes.append(f"{cfg.image} is {size[0]}x{size[1]}, filmed at {shape[0]}x{shape[1]}")
+    if not cfg.prompts()[0]:
+        notes.append("prompt is empty: say what the picture shows, for what comes into view is made of that")
+    for lora in cfg.all_loras():
+        if lora.weight and lora.path not in missing:
+            refuse_few_steps(lora.path)
+    return notes
 
 
 def _wide(cfg: AnimateConfig, adapter: MotionInfo) -> list[list[tuple[int, float]]]:
@@ -98,8 +123,13 @@ def describe_animation(plan: AnimatePlan) -> list[str]:
         UserError: a LoRA that does not fit.
     """
     cfg = plan.cfg
-    paths = [lora.path for lora in (*cfg.loras, *cfg.prompt_loras())]
-    lines = model_lines(plan.base, paths, plan.adapter.shapes if plan.adapter else None)
+    paths = [lora.path for lora in cfg.all_loras()]
+    lines = model_lines(
+        plan.base,
+        [path for path in paths if path not in plan.missing],
+        plan.adapter.shapes if plan.adapter else None,
+    )
+    lines += [f"to train    {path}, with {cfg.fit_config}" for path in plan.missing]
     if plan.adapter:
         count = sum(math.prod(shape) for shape in plan.adapter.shapes.values())
         lines.append(
@@ -127,14 +157,14 @@ def fingerprint(plan: AnimatePlan, dtype: str) -> str:
     cfg = plan.cfg
     settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in PRESENTATION}
     settings["loras"] = [
-        each.model_dump(mode="json") | {"path": lora_sha256(each.path)}
-        for each in (*cfg.loras, *cfg.prompt_loras())
+        each.model_dump(mode="json") | {"path": lora_sha256(each.path)} for each in cfg.all_loras()
     ]
+    settings["image"] = file_sha256(cfg.image) if cfg.image else None
     files = dict.fromkeys(str(place.path) for place in plan.adapter.places.values()) if plan.adapter else {}
     settings["motion_adapter"] = [
         [file_sha256(file) for file in files],
         plan.adapter and dict(plan.adapter.config),
     ]
     settings |= {"shape": plan.shape, "base": base_identity(plan.base), "dtype": dtype, "version": VERSION}
-    del settings["pretrained_model_name_or_path"], settings["base_config"]
+    del settings["pretrained_model_name_or_path"], settings["base_config"], settings["lora"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from lorakit.ground.config import Config
-from lorakit.sampling.config import SamplingConfig
+from lorakit.sampling.config import LoraEntry, SamplingConfig
 
 Keys = float | Annotated[tuple[float, ...], Field(min_length=2)]
 DRAWING = ("euler_a", "lcm")
@@ -39,7 +39,7 @@ class AnimateConfig(SamplingConfig):
     """The keys of a config of animate.py."""
 
     script: ClassVar[str] = "animate.py"
-    headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"prompt": "Film", "camera.pan": "Camera and scene", "motion_adapter": "Motion adapter", "formats": "Files"}
+    headings: ClassVar[dict[str, str]] = SamplingConfig.headings | {"prompt": "Film", "image": "Picture", "camera.pan": "Camera and scene", "motion_adapter": "Motion adapter", "formats": "Files"}
 
     output_dir: str = Field("out/animate", min_length=1, description="where the folder of the film goes")
     name: str = Field("film", pattern=r"^[^/\\\x00]+$", description="name of that folder")
@@ -49,6 +49,11 @@ class AnimateConfig(SamplingConfig):
     frames: int = Field(16, ge=2, le=10_000, description="frames of the film")
     fps: float = Field(8.0, gt=0, le=60, description="frames a second")
     loop: bool = Field(False, description="the film ends where it begins: camera and prompts go back to their first values")
+
+    image: str | None = Field(None, min_length=1, description="a picture that the film starts from: frames with the camera at rest are what the autoencoder makes of it, to the bit, others what the camera sees of it, and the base invents what lies beyond; null: none")
+    lora: str | None = Field(None, min_length=1, description="a LoRA fitted to that picture, which keeps photographs what they are; null: none")
+    train_if_missing: bool = Field(False, description="fit it, if there is no such file yet, by train_lora.py with fit_config")
+    fit_config: str = Field("cfg/edit/fit.json", min_length=1, description="training config for it")
 
     camera: Camera = Field(Camera(pan=0.0, tilt=0.0, zoom=1.0, roll=0.0, easing="linear"), description="what the camera does")
     scene_share: float = Field(1.0, ge=0, le=1, description="share of the noise's variance that lies in the scene and is seen through the camera; the rest is each frame's own")
@@ -72,6 +77,12 @@ class AnimateConfig(SamplingConfig):
             raise ValueError("grid: a film has none; run animate.py once for each value")
         if not isinstance(self.prompt, str) and len(self.prompt) > self.frames:
             raise ValueError(f"prompt, frames: {len(self.prompt)} prompts for {self.frames} frames")
+        if self.image is None and self.lora:
+            raise ValueError("lora, image: a LoRA is fitted to a picture; name it as image, or put the file into loras")
+        if self.image and self.scheduler not in (None, "ddim"):
+            raise ValueError(f'scheduler "{self.scheduler}": a picture is inverted on the path of ddim; leave it out')
+        if self.image and any(keys[0] != (1 if name == "zoom" else 0) for name, keys in self.camera.keys().items()):
+            raise ValueError("image, camera: the film starts on the picture, with the camera at rest: lists begin with 0, zoom's with 1")
         if self.motion_adapter is None and (self.window or self.overlap):
             raise ValueError("window, motion_adapter: only an adapter looks along frames; leave window and overlap out")
         if self.window and self.overlap and self.overlap >= self.window:
@@ -80,3 +91,8 @@ class AnimateConfig(SamplingConfig):
 
     def prompts(self) -> tuple[str, ...]:
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    def all_loras(self) -> tuple[LoraEntry, ...]:
+        """Those that take part in every frame: the picture's, others, and those that prompts name."""
+        own = [LoraEntry(path=self.lora, weight=1.0, blocks={}, rank=None)] if self.lora else []
+        return (*own, *self.loras, *self.prompt_loras())

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
+from lorakit.diffusion.inversion import invert
 from lorakit.diffusion.models import Base
+from lorakit.diffusion.schedule import Grid
 from lorakit.ground.chunks import Chunks
 from lorakit.ground.errors import UserError
 from lorakit.ground.publish import publish_file
@@ -19,6 +22,7 @@ from lorakit.motion.agreement import Agreement
 from lorakit.motion.animate_plan import AnimatePlan
 from lorakit.motion.camera import moments
 from lorakit.motion.carried_noise import film_noise
+from lorakit.motion.shown import REST, Shown, seen_of
 from lorakit.sampling.encoding import PromptEncoder
 from lorakit.sampling.prompts import lora_files
 from lorakit.sampling.samplers import make_scheduler, picture_noise
@@ -52,7 +56,7 @@ def inflate(base: Base, info: MotionInfo) -> None:
         ) from None
     unet: Any = UNetMotionModel.from_unet2d(base.unet, adapter)
     base.drop("unet")
-    base.unet = unet.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    base.unet = unet.requires_grad_(False).eval().to(base.device, memory_format=torch.channels_last)
 
 
 def mixed_prompts(embeds: Tensor, frames: int, loop: bool) -> Tensor:
@@ -65,10 +69,15 @@ def mixed_prompts(embeds: Tensor, frames: int, loop: bool) -> Tensor:
     return torch.stack(rows)
 
 
-def scene_noise(plan: AnimatePlan, base: Base) -> Tensor:
-    """(F, C, h, w): what the film begins with; its first frame, at rest, as a picture of this seed does."""
-    still = picture_noise(base, [plan.cfg.seed], plan.shape)[0].float().cpu()
-    return film_noise(still, plan.cfg.seed, plan.poses, base.info.vae_factor, plan.cfg.scene_share)
+def scene_noise(plan: AnimatePlan, base: Base, shown: Shown | None = None) -> Tensor:
+    """(F, C, h, w): what the film begins with.
+
+    Its first frame, at rest, begins as a picture of this seed does, or as the one that it is does.
+    """
+    still = shown.path[0] if shown else picture_noise(base, [plan.cfg.seed], plan.shape)[0]
+    return film_noise(
+        still.float().cpu(), plan.cfg.seed, plan.poses, base.info.vae_factor, plan.cfg.scene_share
+    )
 
 
 def open_studio(plan: AnimatePlan, base: Base) -> "Studio":
@@ -91,6 +100,21 @@ def open_studio(plan: AnimatePlan, base: Base) -> "Studio":
         agreement=agreement,
         batch_size=cfg.batch_size,
     )
+
+
+@torch.no_grad()
+def put_in_picture(plan: AnimatePlan, studio: "Studio") -> None:
+    """Let the film start from the picture of its config: invert it, and see what frames see of it."""
+    cfg, base = plan.cfg, studio.base
+    assert cfg.image
+    pixels, inside = seen_of(cfg.image, plan.shape, plan.poses)
+    views = torch.cat([base.mean_latents(view[None]) for view in pixels])
+    cells = -max_pool2d(-inside, base.info.vae_factor).to(views)
+    grid = studio.grid(cfg.sampler()[1])
+    path = torch.cat([views[:1], *invert(views[:1], grid, studio.unguided)][::-1])
+    embeds = studio.embeds.flatten(1)
+    same = [i for i, pose in enumerate(plan.poses) if pose == REST and torch.equal(embeds[i], embeds[0])]
+    studio.shown = Shown(path, grid, plan.poses, views, cells, same, base.info.vae_factor)
 
 
 class Studio:
@@ -119,7 +143,21 @@ class Studio:
         self.embeds, self.negative = embeds, negative.expand(len(embeds), -1, -1)
         self.wide, self.agreement, self.chunks = wide, agreement, Chunks(batch_size)
         self.schedule = base.noise_schedule()
+        self.shown: Shown | None = None
         self.evaluations = 0
+
+    def grid(self, steps: int) -> Grid:
+        """The sampler's own; ddim's, on which a picture can be inverted."""
+        self.scheduler.set_timesteps(steps)
+        timesteps = tuple(int(t) for t in self.scheduler.timesteps)
+        levels = [float(self.scheduler.alphas_cumprod[t]) for t in timesteps]
+        return Grid(timesteps, (*levels, float(self.scheduler.final_alpha_cumprod)))
+
+    def unguided(self, latents: Tensor, timestep: int) -> Tensor:
+        """The noise that the U-Net finds in the first frame's latents (1, C, h, w) under its prompt."""
+        output = self._unet(latents, torch.tensor(timestep, device=latents.device), self.embeds[:1], 1)
+        self.evaluations += 1
+        return self.schedule.epsilon(output, latents, timestep)
 
     @torch.no_grad()
     def denoise(
@@ -142,13 +180,18 @@ class Studio:
         state = _load(*kept) if kept else None
         latents, first = state or (noise * self.scheduler.init_noise_sigma, 0)
         latents, saved = latents.to(self.base.device), time.monotonic()
+        if self.shown:
+            self.shown.put_back(first, latents)
         for i in range(first, len(timesteps)):
             before = self.evaluations
             inputs = self.scheduler.scale_model_input(latents, timesteps[i])
             output = self._guided(inputs, timesteps[i])
-            if self.agreement is not None and i < self.agreement[1] * len(timesteps):
-                output = self._agreed(inputs, output, int(timesteps[i]), self.agreement[0])
+            agreeing = self.agreement is not None and i < self.agreement[1] * len(timesteps)
+            if agreeing or self.shown:
+                output = self._put_right(i, inputs, output, int(timesteps[i]), agreeing)
             latents = self.scheduler.step(output, timesteps[i], latents, return_dict=False)[0]
+            if self.shown:
+                self.shown.put_back(i + 1, latents)
             try:
                 step(self.evaluations - before)
             except UserError:  # a signal: nothing is lost
@@ -193,10 +236,14 @@ class Studio:
         output = unet(clips, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
         return output.transpose(1, 2).flatten(0, 1).float()
 
-    def _agreed(self, inputs: Tensor, output: Tensor, timestep: int, agreement: Agreement) -> Tensor:
-        """The output of which x_0 is what the frames agree on."""
+    def _put_right(self, i: int, inputs: Tensor, output: Tensor, timestep: int, agreeing: bool) -> Tensor:
+        """The output of which x_0 is what the frames agree on, and what is known of them."""
         at = torch.full((len(inputs),), timestep)
-        x_0 = agreement(self.schedule.predicted(output, inputs, at)[0])
+        x_0 = self.schedule.predicted(output, inputs, at)[0]
+        if agreeing and self.agreement:
+            x_0 = self.agreement[0](x_0)
+        if self.shown:
+            x_0 = self.shown(i, x_0, agreeing)
         if self.schedule.prediction_type == "sample":
             return x_0
         signal, sigma = self.schedule.at(at, inputs)

@@ -10,10 +10,10 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from lorakit.ground.errors import UserError
 
@@ -45,11 +45,15 @@ class DataError(UserError):
         self.faults = tuple(faults)
 
 
+Stored: TypeAlias = Callable[[], bytes]
+"""A picture that is fetched from where it lies whenever it is needed."""
+
+
 class Item(NamedTuple):
     """A picture that is still to be checked."""
 
     name: str
-    source: Path | bytes
+    source: Path | bytes | Stored
     caption: Any  # None where there is none, a list where there are several
     line: str  # where the caption stands, "" for nowhere
     in_file: bool = False  # of its own, whose lines were broken by an editor or are several captions
@@ -221,12 +225,15 @@ class FolderReader:
             self.fault(line, f"file_name {short(repr(name))} {objection}", "name a file inside the folder")
             return None
         name = PurePosixPath(name).as_posix()
-        if not os.path.isfile(self.root / name):
+        if not self._is_there(name):
             near = self._by_loose_name.get(_loose(name))
             hint = f"; did you mean '{near}'?" if near else ""
             self.fault(line, f"no file '{short(name)}'{hint}", "add the missing files or correct file_name")
             return None
         return None if self._refuse_link(name, line) else name
+
+    def _is_there(self, name: str) -> bool:
+        return os.path.isfile(self.root / name)
 
     def _caption_column(self, records: list[dict[str, Any]], asked: str | None) -> str | None:
         """The key that holds the captions; None after a fault."""

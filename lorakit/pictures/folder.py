@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.pictures.caption_rules import CaptionLines, MissingCaptions, with_captions
-from lorakit.pictures.captions import DataError, Fault, FolderReader, Item, listing
+from lorakit.pictures.captions import DataError, Fault, FolderReader, Item, Stored, listing
 from lorakit.pictures.images import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, image_size, load_image
 
 
@@ -29,12 +29,13 @@ class Row:
     height: int
     sha256: str  # of the file
     line: str  # where the caption came from, such as metadata.jsonl:3 or a.txt
-    data: bytes | None = field(default=None, repr=False)
+    data: bytes | Stored | None = field(default=None, repr=False)
     others: tuple[str, ...] = ()  # further captions; each showing has one of all
     repeats: int = 1  # showings in an epoch
     transparent: float = 0.0  # share of its pixels with an alpha below one half
     mask: Path | None = None
     mask_sha256: str = ""
+    frames: int = 1  # of a clip
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -44,6 +45,7 @@ class Row:
     def source(self) -> Path | bytes:
         """What `load_image` takes."""
         source = self.data if self.path is None else self.path
+        source = source() if callable(source) else source
         assert source is not None, f"{self.name} has neither a path nor data"
         return source
 
@@ -136,7 +138,7 @@ def read_folder(
 
 
 def read_rows(
-    records: Iterable[tuple[str, bytes | Path, object]],
+    records: Iterable[tuple[str, bytes | Path | Stored, object]],
     *,
     caption_lines: CaptionLines = "join",
     missing_captions: MissingCaptions = "error",
@@ -214,7 +216,7 @@ def _inspected(
         sha256, (width, height), share = result
         faults += _size_faults(label, width, height, policy)
         transparent += [item.name] if share > 0.5 else []
-        path, data = (None, item.source) if isinstance(item.source, bytes) else (item.source, None)
+        path, data = (item.source, None) if isinstance(item.source, Path) else (None, item.source)
         first, *others = item.caption
         line = item.line or item.name
         row = Row(path, item.name, first, width, height, sha256, line, data, tuple(others), transparent=share)
@@ -274,15 +276,16 @@ def _inspect(
     """(sha256 of the file, (width, height), share of transparent pixels), or what is wrong with it."""
     label = prefix + item.name
     try:
-        if isinstance(item.source, bytes):
-            sha256 = hashlib.sha256(item.source).hexdigest()
+        source = item.source() if callable(item.source) else item.source
+        if isinstance(source, bytes):
+            sha256 = hashlib.sha256(source).hexdigest()
         else:
-            with open(item.source, "rb") as file:
+            with open(source, "rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if not decode:
-            return sha256, image_size(item.source, name=label, max_pixels=policy.max_image_pixels), 0.0
+            return sha256, image_size(source, name=label, max_pixels=policy.max_image_pixels), 0.0
         image = load_image(
-            item.source, name=label, max_pixels=policy.max_image_pixels, background=policy.alpha_background
+            source, name=label, max_pixels=policy.max_image_pixels, background=policy.alpha_background
         )
         return sha256, image.size, float(image.info.get("transparent_share", 0))
     except ImageError as error:

@@ -3,7 +3,6 @@
 A mask lies beside its picture as `NAME-masklabel.png`, as OneTrainer writes it, or is the picture's alpha.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,15 +10,15 @@ from PIL import Image
 
 from lorakit.pictures.folder import Row
 from lorakit.pictures.images import load_image
-from lorakit.pictures.views import View, entry_name
+from lorakit.pictures.views import View, entry_key
 
 MaskKind = Literal["beside", "alpha"]
 
 
-def mask_entry(view: View, kind: MaskKind, factor: int, cache_dir: Path) -> Path:
-    """Where the weights of a view are cached."""
+def mask_entry(view: View, kind: MaskKind, factor: int) -> bytes:
+    """The name under which the weights of a view are cached."""
     source = view.row.sha256 if kind == "alpha" else view.row.mask_sha256
-    return cache_dir / "masks" / entry_name("mask", kind, source, view.shape, view.offset, view.flip, factor)
+    return entry_key("mask", kind, source, view.shape, view.offset, view.flip, factor)
 
 
 def mask_weights(view: View, kind: MaskKind, factor: int, **options: Any) -> np.ndarray:

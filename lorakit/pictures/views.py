@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL.Image import Image
@@ -49,9 +48,14 @@ def share_lost(size: Shape, shape: Shape) -> float:
     return 1 - min(ratio, 1 / ratio)
 
 
+def entry_key(*parts) -> bytes:
+    """The name of an entry in a shard, 20 bytes: a hash of everything that its content depends on."""
+    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).digest()[:20]
+
+
 def entry_name(*parts) -> str:
-    """The file name of a cache entry: a hash of everything that its content depends on."""
-    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:40] + ".safetensors"
+    """The file name of a cache entry, from the same hash."""
+    return entry_key(*parts).hex() + ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ class View:
     offset: tuple[float, float] = (0.5, 0.5)
     flip: bool = False
 
-    def entry(self, cache_dir: Path, vae_hash: str) -> Path:
-        name = entry_name(self.row.sha256, self.shape, self.offset, self.flip, vae_hash, "float32")
-        return cache_dir / "latents" / name
+    def entry(self, vae_hash: str, dtype: str = "float32") -> bytes:
+        """The name under which its moments are cached."""
+        return entry_key(self.row.sha256, self.shape, self.offset, self.flip, vae_hash, dtype)
 
     def pixels(self, image: Image) -> np.ndarray:
         """(3, H, W) in [-1, 1] of the picture `image`."""

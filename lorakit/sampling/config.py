@@ -161,6 +161,10 @@ class SamplingConfig(Config):
         assert self.scheduler and self.num_inference_steps and self.guidance_scale, "not resolved"
         return self.scheduler, self.num_inference_steps, self.guidance_scale
 
+    def own_texts(self) -> dict[str, str]:
+        """By their keys, the words of a picture's own, in which pictures of one batch may differ."""
+        return {"prompt": str(getattr(self, "prompt", ""))}
+
     def prompt_loras(self) -> tuple[LoraEntry, ...]:
         """Those that the prompt of a picture names, by their files.
 

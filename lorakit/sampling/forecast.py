@@ -73,7 +73,8 @@ def time_words(cfg: SamplingConfig, pictures: int) -> str:
 def _evaluations(cfg: Any) -> int:
     _, steps, guidance = cfg.sampler()
     run = int(steps * getattr(cfg, "strength", 1.0))
-    return run * (1 + (guidance > 1))
+    rows = 1 + getattr(cfg, "is_anchored", False)  # the picture beside it
+    return rows * run * (1 + (guidance > 1))
 
 
 def _token_lines(configs: Sequence[SamplingConfig], info: BaseInfo) -> Iterator[str]:

@@ -24,16 +24,21 @@ class Batch:
     """What one pass makes: a picture for each subject and seed.
 
     Args:
-        cfg: of its subjects, resolved.
+        cells: the config of each picture, resolved.
         prompt_embeds: (B, C * L, D); `negative_embeds`: (1, C * L, D).
     """
 
-    cfg: Any
+    cells: Sequence[Any]
     subjects: Sequence[int]
     seeds: Sequence[int]
     prompt_embeds: Tensor
     negative_embeds: Tensor
     scheduler: Any
+
+    @property
+    def cfg(self) -> Any:
+        """What is equal in all `cells`: all but their texts and seeds."""
+        return self.cells[0]
 
 
 Row: TypeAlias = tuple[int, int]
@@ -118,8 +123,9 @@ class Job:
         return cls(cfg.resolved()[0], loras, encoder.count(cfg.prompt, cfg.negative_prompt))
 
     def alike(self) -> "Job":
-        """What must be equal in one batch: all but the prompt and the seed."""
-        return Job(self.cfg.model_copy(update={"prompt": "", "seed": 0}), self.loras, self.chunks)
+        """What must be equal in one batch: all but the texts of the picture and the seed."""
+        texts = dict.fromkeys(self.cfg.own_texts(), "")
+        return Job(self.cfg.model_copy(update=texts | {"seed": 0}), self.loras, self.chunks)
 
 
 def _pictures(
@@ -134,9 +140,9 @@ def _pictures(
 
     def part_of(part: slice) -> list[Image.Image]:
         subjects, seeds = zip(*rows[part], strict=True)
-        cfg = jobs[subjects[0]].cfg
+        cells = [jobs[subject].cfg for subject in subjects]
         prompts = [jobs[subject].prompt for subject in subjects]
-        embeds = encoder.encode(prompts, cfg.negative_prompt)
-        return render(Batch(cfg, subjects, seeds, *embeds, make_scheduler(base, cfg.sampler()[0])))
+        embeds = encoder.encode(prompts, cells[0].negative_prompt)
+        return render(Batch(cells, subjects, seeds, *embeds, make_scheduler(base, cells[0].sampler()[0])))
 
     return [image for part in chunks.parts(len(rows), part_of) for image in part]

@@ -48,9 +48,9 @@ def prompt_notes(configs: Sequence[SamplingConfig], info: BaseInfo, tokenizer: A
     """
     first = configs[0]
     texts = [
-        pair
+        (text, "" if key == "prompt" else key)
         for cfg in configs
-        for pair in ((str(getattr(cfg, "prompt", "")), ""), (cfg.negative_prompt, "negative_prompt"))
+        for key, text in (cfg.own_texts() | {"negative_prompt": cfg.negative_prompt}).items()
     ]
     loras = lora_files(configs)
     return text_notes(texts, first.prompt_syntax, first.embedding_dirs, info, loras, tokenizer)

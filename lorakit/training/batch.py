@@ -23,6 +23,8 @@ class Batch:
     keys           B times       seed, and what numbers the sample: its position in the run, or its place in
                                  the validation
     weights        (B, 1, h, w)  float32, of the loss by place, or None where no masks are used
+
+    Of clips latents and noise are (B, F, C, h, w).
     """
 
     latents: Tensor

@@ -9,6 +9,7 @@ from lorakit.pictures.caption_rules import CaptionLines, MissingCaptions
 from lorakit.pictures.masks import MaskKind
 from lorakit.sampling.config import PromptSyntax
 from lorakit.training.lcm_config import LcmSettings
+from lorakit.training.motion_config import MotionSettings, check_motion_settings
 from lorakit.training.objective_config import ObjectiveName, check_objectives, names_of
 from lorakit.training.prior_config import PriorSettings
 from lorakit.training.smooth_config import SmoothSettings
@@ -54,7 +55,7 @@ class TrainConfig(Config):
     deterministic: bool = Field(False, description="bit-exact resume on a GPU too, by slower kernels (a CPU run is bit-exact always)")
 
     data_dir: str | None = Field(None, description="folder of pictures, with metadata.jsonl (file_name, text) or a .txt beside each picture; see caption_extension")
-    dataset_name: str | None = Field(None, description="instead of data_dir: a hub dataset, or a folder that datasets.load_dataset reads; its pictures are held in memory")
+    dataset_name: str | None = Field(None, description="instead of data_dir: a hub dataset, or a folder that datasets.load_dataset reads; its pictures stay on the disk until they are encoded")
     dataset_config_name: str | None = Field(None, description="configuration of that dataset")
     dataset_split: str = Field("train", description="split of that dataset, datasets' slicing allowed")
     image_column: str = Field("image", description="its column of pictures")
@@ -81,13 +82,14 @@ class TrainConfig(Config):
     masked_loss: MaskKind | None = Field(None, description='weight the loss by a mask, white is trained: "beside": NAME-masklabel.png beside NAME.png, "alpha": what is opaque; null: all alike')
     unmasked_weight: float = Field(0.0, ge=0, lt=1, description="of the loss where a mask is black; a little keeps the surroundings from drifting")
     cache_dir: str | None = Field(None, description="cached latents and text states; null: <output_dir>/cache")
-    dataloader_num_workers: int = Field(0, ge=0, le=64, description="threads that decode pictures while latents are cached; steps need none")
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="of cached latents and text states; float16 halves the disk")
+    dataloader_num_workers: int = Field(0, ge=0, le=64, description="threads that decode pictures ahead while latents are cached, one at least; steps need none")
 
     init_lora: str | None = Field(None, min_length=1, description="LoRA file of any layout whose change the run starts with; rank, lora_alpha, target_modules and train_text_encoder are its own where they are not set")
     rank: int = Field(8, ge=1, le=1024, description="rank r of the update B A")
     lora_alpha: float | None = Field(None, gt=0, description="the update is scaled by lora_alpha / rank; null: rank, so by 1")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A")
-    target_modules: Literal["attention", "attention+ff", "all"] | tuple[str, ...] = Field("attention", description="preset, or names of the U-Net's modules: attention projections; with feed-forward and projections; with convolutions")
+    target_modules: Literal["attention", "attention+ff", "all", "temporal"] | tuple[str, ...] = Field("attention", description="preset, or names of the U-Net's modules, in which * stands for anything: attention projections; with feed-forward and projections; with convolutions; temporal: the projections of a motion adapter's attention, for the objective motion")
     use_dora: bool = Field(False, description="weight-decomposed LoRA (Liu et al. 2024); needs save_format diffusers")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(rank) (Kalajdzievski 2023)")
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = Field("gaussian", description="start of A (B starts at 0; orthogonal: both random with B A = 0, linear layers only)")
@@ -100,6 +102,7 @@ class TrainConfig(Config):
     smooth: SmoothSettings | None = Field(None, description="of the objective smooth, by which pictures move evenly with their noise, for morphs and inversion: weight, decay")
     textual_inversion: WordSettings | None = Field(None, description="of the objective textual_inversion, which learns new words, alone or with a LoRA: words, vectors, learning_rate, bundle")
     lcm: LcmSettings | None = Field(None, description="of the objective lcm, sampling in few steps: guidance_scale, solver_steps, huber, num_inference_steps, teacher_loras")
+    motion: MotionSettings | None = Field(None, description="of the objective motion, a LoRA on a motion adapter's attention, for films: motion_adapter, camera or clips_dir, frames, frame_stride, takes, enlarge, carried, most_weight, beta_schedule")
     noise_offset: float = Field(0.0, ge=0, description="constant per channel added to the noise, for very dark or bright pictures; biases exact reconstruction")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (Hang et al. 2023), 5 in the paper; null: off")
 
@@ -123,7 +126,7 @@ class TrainConfig(Config):
 
     output_dir: str = Field("ckpt", description="where the LoRA file and the run folder go")
     ckpt_name: str = Field("lora", pattern=r"^[^/\\\x00]+$", description="name of both")
-    save_format: Literal["kohya", "diffusers", "both"] = Field("kohya", description="kohya is read by diffusers, ComfyUI and A1111; both adds <ckpt_name>_diffusers.safetensors")
+    save_format: Literal["kohya", "diffusers", "both"] = Field("kohya", description="kohya is read by diffusers, ComfyUI and A1111, diffusers is for DoRA and motion; both adds <ckpt_name>_diffusers.safetensors")
     save_dtype: Literal["float32", "fp16", "bf16"] = Field("float32", description="dtype in the file; float32 is exact, fp16 half as large")
     final_weights: Literal["last", "best"] = Field("last", description="what the LoRA file holds at the end: the last step, or the one of lowest validation loss")
     checkpointing_steps: int = Field(500, ge=1, description="steps between resumable checkpoints; there is one at the end too")
@@ -151,7 +154,8 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _agree(self):
-        if (self.data_dir is None) == (self.dataset_name is None):
+        has_clips = self.motion is not None and self.motion.clips_dir is not None
+        if not has_clips and (self.data_dir is None) == (self.dataset_name is None):
             raise ValueError("data_dir, dataset_name: set exactly one of the two")
         if self.n_epochs is None and self.max_train_steps is None:
             raise ValueError("n_epochs, max_train_steps: set at least one of the two")
@@ -195,6 +199,7 @@ class TrainConfig(Config):
             raise ValueError('embedding_dirs, prompt_syntax: learnt words are read with prompt_syntax "a1111"')
         check_objectives(self)
         check_word_settings(self)
+        check_motion_settings(self)
         return self
 
 

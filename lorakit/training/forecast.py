@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.ground.publish import existing_parent
-from lorakit.sampling.forecast import LIBRARIES, backward_bytes, halves_of
+from lorakit.ground.shards import Shards
+from lorakit.sampling.forecast import LIBRARIES, TRANSFORMER_TENSORS, backward_bytes, halves_of
 from lorakit.sampling.prompts import text_notes
 from lorakit.training.class_pictures import shows_class
+from lorakit.training.motion_config import adapter_of
 from lorakit.training.objective_config import kinds_of, prompts_of
 from lorakit.training.order import count_showings
 from lorakit.training.plan import Plan, count_steps, training_views, validation_views
@@ -20,8 +22,11 @@ from lorakit.training.words_config import encodes_text, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo
 from lorakit.weights.base_settings import base_line, text_layers
 from lorakit.weights.identity import base_identity
-from lorakit.weights.lora_file import TARGET_PRESETS
+from lorakit.weights.lora_file import TARGET_PRESETS, ends_in
 from lorakit.weights.tokens import overlong, unread_notes
+
+HELD_BYTES = 1 << 24
+"""What is kept of each cache, of latents, masks and text states; the rest is read as steps need it."""
 
 
 def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
@@ -36,11 +41,14 @@ def lora_parameters(cfg: Any, base: BaseInfo) -> int | None:
     if cfg.train_text_encoder:
         targets["text_encoder"] = text[chosen if isinstance(chosen, str) else "attention"]
     total, layers = 0, text_layers(base, cfg.clip_skip)
-    for part, names in targets.items():
-        pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, names))})\.weight")
-        for key, shape in base.shapes(part).items():
+    adapter = adapter_of(cfg, base)
+    for part, ends in targets.items():
+        more = adapter.shapes if adapter and part == "unet" else {}
+        for key, shape in (base.shapes(part) | more).items():
             number = re.search(r"\blayers\.(\d+)\.", key)  # of the text encoder's alone
-            if pattern.fullmatch(key) and (number is None or int(number[1]) < layers):
+            name, _, kind = key.rpartition(".")
+            is_adapted = kind == "weight" and any(ends_in(name, end) for end in ends)
+            if is_adapted and (number is None or int(number[1]) < layers):
                 out, *rest = shape
                 total += cfg.rank * (out + math.prod(rest)) + (out if cfg.use_dora else 0)
     return total
@@ -59,15 +67,32 @@ def activation_bytes(cfg: Any, plan: Plan, half: bool = False) -> int | None:
     twice = 0
     if any(kind.double_backward for kind in kinds_of(cfg)):
         twice = math.ceil(cfg.train_batch_size / smooth_settings(cfg).every)
-    kept = backward_bytes(plan.base, max(plan.shapes, key=math.prod), rows, half, twice=twice)
+    shape = max(plan.shapes, key=math.prod)
+    if cfg.motion:
+        rows *= cfg.motion.frames
+    kept = backward_bytes(plan.base, shape, rows, half, twice=twice)
+    if kept is not None and plan.adapter:
+        kept += _temporal_bytes(plan, shape, rows, half)
     scale = 0.25 if cfg.gradient_checkpointing else 1.0  # a fifth is kept, and one block made anew
     return None if kept is None else int(kept * scale)
+
+
+def _temporal_bytes(plan: Plan, shape: tuple[int, int], rows: int, half: bool) -> int:
+    """What a motion adapter keeps: at each resnet of the base a transformer block of its width."""
+    assert plan.adapter is not None
+    unet, elements = plan.base.configs["unet"], 0.0
+    pixels = math.prod(shape) / plan.base.vae_factor**2
+    for level, channels in enumerate(unet["block_out_channels"]):
+        elements += (2 * unet["layers_per_block"] + 1) * channels * pixels / 4**level
+    elements += plan.adapter.config["use_motion_mid_block"] * channels * pixels / 4**level
+    return int(TRANSFORMER_TENSORS * elements * rows * (2 if half else 4))
 
 
 def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
     """Bytes on the training device by part; weights' files that are read beside it are not among them."""
     parts = ("unet", "text_encoder") if encodes_text(cfg) else ("unet",)
     frozen = sum(plan.base.parameters.get(part, 0) for part in parts)
+    frozen += sum(map(math.prod, plan.adapter.shapes.values())) if plan.adapter else 0
     return {
         "frozen base": frozen * (2 if half else 4),
         "LoRA, gradients, optimizer": (lora_parameters(cfg, plan.base) or 0) * 16,
@@ -91,9 +116,12 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
     lines.append(f"shown       {showings(cfg, plan)}")
     if base.known:
         vae_hash = base_identity(base, "vae")
-        views = [view for row in training_views(cfg, plan) + validation_views(plan) for view in row]
-        hits = sum(view.entry(plan.cache_dir, vae_hash).exists() for view in views)
-        lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}")
+        rows = [*training_views(cfg, plan), *validation_views(cfg, plan)]
+        views = [view for row in rows for view in row]
+        cached = Shards(plan.cache_dir / "latents")
+        hits = sum(view.entry(vae_hash, cfg.cache_dtype) in cached.names for view in views)
+        held = f"a run holds {HELD_BYTES / 1e6:,.0f} MB of latents, and of text states, at most"
+        lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}; {held}")
     count = lora_parameters(cfg, base)
     size = "size not known before the base is here" if count is None else f"{count:,} parameters"
     lines.append(f"LoRA        rank {cfg.rank}, {size}" if trains_lora(cfg) else "LoRA        none")
@@ -113,7 +141,7 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
 
 
 def _picture_lines(cfg: Any, plan: Plan) -> Iterator[str]:
-    rows, where = plan.table.rows, cfg.data_dir or cfg.dataset_name
+    rows, where = plan.table.rows, cfg.data_dir or cfg.dataset_name or cfg.motion.clips_dir
     yield f"pictures    {len(rows)} from {where}; captions from {plan.table.caption_source}"
     for row, (width, height) in list(zip(rows, plan.shapes, strict=True))[:10]:
         caption = row.caption if len(row.caption) <= 50 else row.caption[:49] + "…"
@@ -125,6 +153,11 @@ def _picture_lines(cfg: Any, plan: Plan) -> Iterator[str]:
     buckets = Counter(plan.shapes)
     if len(buckets) > 1:
         yield "buckets     " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(buckets.items()))
+    if cfg.motion:
+        settings = cfg.motion
+        each = f"{len(settings.cameras())} camera(s)" if settings.camera else "their own frames"
+        kind = f"{each}, {settings.takes} take(s) at most of {settings.frames} frames"
+        yield f"clips       {kind}; adapter {settings.motion_adapter}"
     if plan.class_table:
         yield f"class       {len(plan.class_table.rows)} pictures from {cfg.prior.class_data_dir}"
     elif shows_class(cfg):

@@ -106,8 +106,11 @@ def _probe(component: str, model: Any) -> torch.Tensor:
         ids = torch.randint(config.vocab_size, (1, length), generator=generator)
         return model(ids.to(device)).last_hidden_state
     side = 2 ** len(config.block_out_channels)  # every level can halve it
-    latents = torch.randn(1, config.in_channels, side, side, generator=generator)
-    states = torch.randn(1, 8, config.cross_attention_dim, generator=generator)
+    frames = min(3, getattr(config, "motion_max_seq_length", 1))
+    latents = torch.randn(frames, config.in_channels, side, side, generator=generator)
+    states = torch.randn(frames, 8, config.cross_attention_dim, generator=generator)
+    if frames > 1:
+        latents = latents.transpose(0, 1)[None]  # (1, C, F, h, w)
     return model(latents.to(device, model.dtype), 500, states.to(device, model.dtype)).sample
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.training.lcm_config import lcm_sampler
+from lorakit.training.motion_config import EXCLUDED
 from lorakit.training.prior_config import prior_prompts
 
 
@@ -67,6 +68,12 @@ KINDS = {
             ("noise_offset", "makes noise that no sampler begins with"),
             ("train_text_encoder", "would part the student's text from the teacher's"),
         ),
+    ),
+    "motion": Kind(
+        "motion.Motion",
+        alone=True,
+        settings="a motion_adapter, and a camera or clips",
+        excludes=EXCLUDED,
     ),
 }
 if TYPE_CHECKING:

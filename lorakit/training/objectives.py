@@ -24,7 +24,10 @@ from lorakit.training.batch import Batch, SampleKey
 from lorakit.training.objective_config import KINDS, names_of
 
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""x_t (B, C, h, w), timesteps (B,) on the device, prompt_embeds (B, L, D) -> the output (B, C, h, w)."""
+"""x_t (B, C, h, w), timesteps (B,) on the device, prompt_embeds (B, L, D) -> the output (B, C, h, w).
+
+Of clips x_t and output are (B, F, C, h, w).
+"""
 Parts = dict[str, Tensor]
 """Name -> number to log, a scalar: means over the micro-batch."""
 
@@ -52,7 +55,11 @@ def as_function(unet: Any) -> Evaluate:
     """A U-Net, wrapped or not, as terms call it."""
 
     def evaluate(x_t: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        return unet(x_t, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        if x_t.ndim == 4:
+            return unet(x_t, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        states = prompt_embeds.repeat_interleave(x_t.shape[1], 0)  # (B F, L, D)
+        clips = x_t.transpose(1, 2)  # (B, C, F, h, w)
+        return unet(clips, timesteps, encoder_hidden_states=states, return_dict=False)[0].transpose(1, 2)
 
     return evaluate
 

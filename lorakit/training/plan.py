@@ -6,22 +6,25 @@ Everything that a user can have got wrong with the data or the base shows while 
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
-from lorakit.pictures.folder import Table, read_folder, read_rows
-from lorakit.pictures.views import Shape, View, assign_shapes, share_lost, views_of
-from lorakit.pictures.wording import with_repeats, with_wording
+from lorakit.pictures.folder import Table
+from lorakit.pictures.views import Shape, assign_shapes, share_lost, views_of
 from lorakit.training.class_pictures import given_pictures
 from lorakit.training.doubts import doubts
+from lorakit.training.motion_config import check_room, clips_of, with_motion
 from lorakit.training.order import holds_steps
+from lorakit.training.tables import folder_options, read_table, read_validation
 from lorakit.training.words_config import check_words, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip
+from lorakit.weights.lora_file import ends_in
+from lorakit.weights.motion_adapter import MotionInfo
 from lorakit.weights.text_states import check_states
 
 LONGEST_NAME = 255  # bytes, on nearly every file system
@@ -33,7 +36,7 @@ class Plan:
     """`total_batch` samples per step, split over `world_size` processes and `accumulation` micro-batches.
 
     `samples` is how many the run has where n_epochs ends it, else None; `class_table` the pictures of
-    prior.class_data_dir.
+    prior.class_data_dir; `adapter` that of the objective motion, once the base is here.
     """
 
     base: BaseInfo
@@ -42,6 +45,7 @@ class Plan:
     validation: Table | None
     validation_shapes: tuple[Shape, ...]
     class_table: Table | None
+    adapter: MotionInfo | None
     resolution: int
     world_size: int
     accumulation: int
@@ -80,15 +84,14 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
     """
     _check_names(cfg)
     base = base or inspect_base(cfg.pretrained_model_name_or_path, cfg.base_config, cfg.prediction_type)
-    _check_for(cfg, base)
+    base, adapter = with_motion(cfg, base)
+    _check_for(cfg, base, adapter)
     resolution = cfg.resolution or base.resolution
     if resolution % base.vae_factor:
         raise UserError(f"resolution {resolution}: must divide by the base's VAE factor, {base.vae_factor}")
     table = read_table(cfg)
     check_words(cfg, base, table)
-    validation = None
-    if cfg.validation_data_dir:
-        validation = _worded(cfg, read_folder(Path(cfg.validation_data_dir), **folder_options(cfg)))
+    validation = read_validation(cfg)
     buckets = cfg.aspect_ratio_buckets
     if buckets is None:  # a single square keeps the very resolution, which need be no bucket's
         first, *others = table.rows
@@ -115,6 +118,7 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         validation=validation,
         validation_shapes=shapes_of(validation.rows) if validation else (),
         class_table=given_pictures(cfg, base, **folder_options(cfg) | {"masks": False}),
+        adapter=adapter,
         resolution=resolution,
         world_size=world_size,
         accumulation=accumulation,
@@ -124,8 +128,9 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         if cfg.n_epochs and steps * total_batch >= cfg.n_epochs * epoch
         else None,
         cache_dir=_cache_dir(cfg),
-        notes=(*base.notes, *_notes(table, shapes, validation)),
+        notes=(*base.notes, *_notes(cfg, table, shapes, validation), *_earlier_cache(_cache_dir(cfg))),
     )
+    check_room(cfg, plan)
     return replace(plan, notes=(*plan.notes, *doubts(cfg, plan)))
 
 
@@ -148,6 +153,14 @@ def count_steps(cfg: Any, epoch: int, total_batch: int) -> int:
 
 def _cache_dir(cfg: Any) -> Path:
     return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
+
+
+def _earlier_cache(cache_dir: Path) -> Iterator[str]:
+    if any(next(cache_dir.glob(f"{kind}/*.safetensors"), None) for kind in ("latents", "masks", "text")):
+        yield (
+            f"cache_dir {cache_dir}: files of an earlier version, one for each picture, are not read, and "
+            "what they hold is made anew; delete */*.safetensors there"
+        )
 
 
 def result_paths(cfg: Any) -> dict[Path, Any]:
@@ -176,21 +189,22 @@ def _check_names(cfg: Any) -> None:
         raise OutputError(f"cache_dir {cfg.cache_dir}: {cache} is a file; choose another folder")
 
 
-def _check_for(cfg: Any, base: BaseInfo) -> None:
+def _check_for(cfg: Any, base: BaseInfo, adapter: MotionInfo | None) -> None:
     """Refuse what this base has not, or cannot take."""
     check_clip_skip(base, cfg.clip_skip)
-    _check_targets(cfg, base)
+    _check_targets(cfg, base, adapter)
     if cfg.prompt_embeds:
         check_states(cfg.prompt_embeds, base)
 
 
-def _check_targets(cfg: Any, base: BaseInfo) -> None:
+def _check_targets(cfg: Any, base: BaseInfo, adapter: MotionInfo | None) -> None:
     """Refuse target_modules that name what the U-Net lacks, as far as the base's headers are here."""
     if isinstance(cfg.target_modules, str) or not base.known:
         return
-    layers = [key for key, shape in base.shapes("unet").items() if len(shape) in (2, 4)]
-    names = [f".{key.removesuffix('.weight')}" for key in layers if key.endswith(".weight")]
-    lost = [end for end in cfg.target_modules if not any(name.endswith(f".{end}") for name in names)]
+    shapes = base.shapes("unet") | (adapter.shapes if adapter else {})
+    layers = [key for key, shape in shapes.items() if len(shape) in (2, 4)]
+    names = [key.removesuffix(".weight") for key in layers if key.endswith(".weight")]
+    lost = [end for end in cfg.target_modules if not any(ends_in(name, end) for name in names)]
     if lost or not cfg.target_modules:
         lasts = sorted({name.rpartition(".")[2] for name in names} - set("0123456789"))
         raise UserError(
@@ -212,83 +226,19 @@ def missing_packages(cfg: Any) -> None:
         )
 
 
-def folder_options(cfg: Any) -> dict[str, Any]:
-    keys = (
-        "caption_column",
-        "caption_extension",
-        "caption_lines",
-        "missing_captions",
-        "broken_images",
-        "allow_symlinks",
-        "max_image_pixels",
-        "max_aspect",
-    )
-    return {key: getattr(cfg, key) for key in keys} | {"masks": cfg.masked_loss == "beside"}
-
-
-def read_table(cfg: Any) -> Table:
-    """The checked rows of `data_dir` or of `dataset_name`."""
-    if cfg.data_dir is not None:
-        table = read_folder(Path(cfg.data_dir), **folder_options(cfg))
-        return _worded(cfg, with_repeats(table, cfg.repeats))
-    options = folder_options(cfg)
-    for key in ("caption_column", "caption_extension", "allow_symlinks", "masks"):
-        del options[key]
-    return _worded(cfg, read_rows(_dataset_records(cfg), **options))
-
-
-def _worded(cfg: Any, table: Table) -> Table:
-    return with_wording(
-        table,
-        shuffle=cfg.caption_shuffle,
-        keep_tokens=cfg.keep_tokens,
-        orders=cfg.caption_orders,
-        trigger=cfg.trigger_word,
-    )
-
-
-def _load_dataset(cfg: Any) -> Any:
-    """One split of a Hugging Face dataset, from a folder that save_to_disk wrote or through its builder."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    saved = [Path(cfg.dataset_name) / name for name in ("dataset_info.json", "dataset_dict.json")]
-    if not any(path.exists() for path in saved):
-        return datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, split=cfg.dataset_split)
-    dataset = datasets.load_from_disk(cfg.dataset_name)
-    return dataset[cfg.dataset_split] if isinstance(dataset, datasets.DatasetDict) else dataset
-
-
-def _dataset_records(cfg: Any) -> Iterator[tuple[str, bytes, Any]]:
-    """(name, bytes of the picture, caption) of each row of a Hugging Face dataset."""
-    import datasets
-
-    where = f"dataset_name {cfg.dataset_name}"
-    try:
-        dataset = _load_dataset(cfg)
-    except Exception as error:  # each builder raises its own kinds
-        raise UserError(f"{where}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    caption = cfg.caption_column or "text"
-    missing = [name for name in (cfg.image_column, caption) if name not in dataset.column_names]
-    if missing:
-        raise UserError(
-            f"{where}: no column {' or '.join(missing)} (image_column, caption_column); its columns are "
-            f"{', '.join(dataset.column_names)}"
-        )
-    try:
-        dataset = dataset.select_columns([cfg.image_column, caption])
-        dataset = dataset.cast_column(cfg.image_column, datasets.Image(decode=False))
-    except Exception as error:  # arrow and datasets raise their own kinds
-        raise UserError(f"{where}: image_column {cfg.image_column} holds no pictures ({error})") from None
-    for number, record in enumerate(dataset):
-        image: dict[str, Any] = record[cfg.image_column] or {"bytes": b""}
-        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        yield f"row {number}", content, record[caption]
-
-
-def _notes(table: Table, shapes: tuple[Shape, ...], validation: Table | None) -> Iterator[str]:
+def _notes(cfg: Any, table: Table, shapes: tuple[Shape, ...], validation: Table | None) -> Iterator[str]:
     yield from table.warnings
     yield from validation.warnings if validation else ()
+    if not (cfg.motion and cfg.motion.camera):  # which looks at a part of each
+        yield from _notes_on_sizes(table, shapes)
+    if validation:
+        same = {row.sha256 for row in table.rows} & {row.sha256 for row in validation.rows}
+        if same:
+            count = f"{len(same)} picture(s)"
+            yield f"{count} are in both data_dir and validation_data_dir: their loss proves nothing"
+
+
+def _notes_on_sizes(table: Table, shapes: tuple[Shape, ...]) -> Iterator[str]:
     small = [r.name for r, (w, h) in zip(table.rows, shapes, strict=True) if r.width < w or r.height < h]
     if small:
         names = ", ".join(small[:5])
@@ -298,25 +248,24 @@ def _notes(table: Table, shapes: tuple[Shape, ...], validation: Table | None) ->
         names = ", ".join(f"{name} {share:.0%}" for share, name in lost[:5])
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         yield f"{len(lost)} picture(s) lose more than {MUCH:.0%} to cropping at each showing: {names}{more}"
-    if validation:
-        same = {row.sha256 for row in table.rows} & {row.sha256 for row in validation.rows}
-        if same:
-            count = f"{len(same)} picture(s)"
-            yield f"{count} are in both data_dir and validation_data_dir: their loss proves nothing"
 
 
 # ---- what the run will need ----
 
 
-Views = list[list[View]]  # of each row
+Views = Sequence[Sequence[Any]]  # of each row: a View, or a clip
 
 
 def training_views(cfg: Any, plan: Plan) -> Views:
+    if cfg.motion:
+        return clips_of(cfg, plan.table, plan.shapes)
     crops = cfg.random_crops if cfg.crop == "random" else 1
     rows = zip(plan.table.rows, plan.shapes, strict=True)
     return [views_of(row, shape, flip=cfg.random_flip, crops=crops) for row, shape in rows]
 
 
-def validation_views(plan: Plan) -> Views:
+def validation_views(cfg: Any, plan: Plan) -> Views:
+    if cfg.motion and plan.validation:
+        return clips_of(cfg, plan.validation, plan.validation_shapes)
     rows = plan.validation.rows if plan.validation else ()
     return [views_of(row, shape) for row, shape in zip(rows, plan.validation_shapes, strict=True)]

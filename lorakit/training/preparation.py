@@ -1,30 +1,34 @@
 """The data of a run, ready for the loop: filled caches, training and validation data, the sample sheet."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from lorakit.diffusion.models import Base
 from lorakit.diffusion.words import start_vectors
 from lorakit.ground.randomness import derive_seed
+from lorakit.ground.shards import Shards
+from lorakit.motion.filming import inflate
 from lorakit.pictures.folder import Table
+from lorakit.pictures.masks import mask_entry
 from lorakit.pictures.views import views_of
 from lorakit.sampling.encoding import PromptEncoder
-from lorakit.training.class_pictures import make_pictures, shows_class
-from lorakit.training.data import (
-    Augmentation,
-    Latents,
-    TrainingData,
+from lorakit.sampling.samplers import sample_images
+from lorakit.training.caches import (
+    Cache,
     cache_masks,
-    cache_text_states,
+    encode_prompts,
     encode_views,
     missing_views,
+    text_names,
 )
+from lorakit.training.class_pictures import make_pictures, shows_class
+from lorakit.training.data import Augmentation, TrainingData
+from lorakit.training.motion import Carried, encode_clips, sample_strips
 from lorakit.training.objective_config import prompts_of, sampler_of
 from lorakit.training.plan import Plan, Views, training_views, validation_views
 from lorakit.training.resume import base_loras_record
@@ -45,7 +49,7 @@ def prepare(
     """Fill the caches and return training data, validation data, and the sheet of samples.
 
     Every process encodes its share of the pictures. `between` is called after each. The U-Net is not touched
-    but to make pictures of a class, and what steps do not need is dropped.
+    but to make pictures of a class and to take a motion adapter in, and what steps do not need is dropped.
     """
     if cfg.textual_inversion is not None:
         settings = cfg.textual_inversion
@@ -58,10 +62,15 @@ def prepare(
     data = _cached(*common, plan.table, plan.shapes, views, (*prompts, *prompts_of(cfg)), beside)
     validation = data
     if plan.validation is not None:
-        views = validation_views(plan)
+        views = validation_views(cfg, plan)
         validation = _cached(*common, plan.validation, plan.validation_shapes, views, prompts_of(cfg))
 
     embed = _embedding(cfg, base, data, prompts, text_encoder)
+    draw: Any = sample_images
+    if plan.adapter is not None:
+        base.info = plan.base  # of a base from the hub too, with the schedule of the config
+        inflate(base, plan.adapter)
+        draw = partial(sample_strips, frames=cfg.motion.frames)
     sheet = SampleSheet(
         run / "samples",
         base,
@@ -70,6 +79,7 @@ def prepare(
         embed,
         cfg.prompt_syntax,
         sampler_of(cfg),
+        draw,
         seeds=cfg.sample_seeds,
         shape=plan.shapes[0] if len(set(plan.shapes)) == 1 else (plan.resolution, plan.resolution),
         steps=cfg.sample_inference_steps,
@@ -118,47 +128,46 @@ def class_data(cfg, plan: Plan, base: Base, accelerator, between: Callable[[], N
 def _cached(
     cfg, plan, base, accelerator, between, table: Table, shapes, rows: Views, prompts, beside=None
 ) -> TrainingData:
-    vae_hash, text_hash = (base_identity(base.info, part) for part in ("vae", "text_encoder"))
+    vae_hash = base_identity(base.info, "vae")
+    text_hash = base_identity(base.info, "text_encoder", "tokenizer")
     if cfg.base_loras:
         text_hash += json.dumps(base_loras_record(cfg))
     views = [view for row in rows for view in row]
-    share = views[accelerator.process_index :: accelerator.num_processes]
-    missing = missing_views(share, plan.cache_dir, vae_hash)
+    latents, masks, texts = (Shards(plan.cache_dir / kind) for kind in ("latents", "masks", "text"))
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    missing = missing_views(views[share], latents, vae_hash, cfg.cache_dtype)
     options = {"image_options": {"max_pixels": cfg.max_image_pixels}, "threads": cfg.dataloader_num_workers}
+    options["dtype"] = cfg.cache_dtype
     quiet = not missing or not accelerator.is_main_process
-    encoding = encode_views(missing, base, plan.cache_dir, vae_hash, **options)
+    encode = encode_clips if cfg.motion else encode_views
+    encoding = encode(missing, base, latents, vae_hash, **options)
     for _ in tqdm(encoding, total=len(missing), desc="caching latents", disable=quiet):
         between()
+    masking = cfg.masked_loss, base.info.vae_factor
     if cfg.masked_loss:
-        masking = cfg.masked_loss, base.info.vae_factor, plan.cache_dir, options["image_options"]
-        cache_masks(share, *masking)
+        cache_masks(views[share], *masking, masks, options["image_options"])
     prompts = list(
         dict.fromkeys(["", *prompts, *(caption for row in table.rows for caption in row.captions)])
     )
-    on_device, in_memory = _budget(base.device)
     states, ids = None, None
     if encodes_text(cfg):
         ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
     else:
-        size = len(prompts) * base.info.max_tokens * base.info.cross_attention_dim * 4
-        where = base.device if size <= on_device else torch.device("cpu")
-        if accelerator.num_processes > 1:  # each encodes its share, then all read all
-            own = prompts[accelerator.process_index :: accelerator.num_processes]
-            cache_text_states(own, base, plan.cache_dir, text_hash, where)
-            accelerator.wait_for_everyone()
-        states = cache_text_states(prompts, base, plan.cache_dir, text_hash, where)
+        names = text_names(prompts, base, text_hash, cfg.cache_dtype)
+        encode_prompts(dict(list(names.items())[share]), base, texts, cfg.cache_dtype)
+        states = Cache(texts, names, base.device)
         if cfg.prompt_embeds:
             captions = {caption for row in table.rows for caption in row.captions if caption}
-            given = read_states(cfg.prompt_embeds).to(where)
-            states |= {caption: given for caption in captions}
+            states.held |= dict.fromkeys(captions, read_states(cfg.prompt_embeds).to(base.device))
+    for shards in (latents, masks, texts):
+        shards.seal()
     accelerator.wait_for_everyone()
-    entries = [view.entry(plan.cache_dir, vae_hash) for view in views]
-    budget = on_device, in_memory
-    masks = Latents(cache_masks(views, *masking), base.device, budget) if cfg.masked_loss else None
+    for shards in (latents, masks, texts):
+        shards.refresh()  # what the others encoded
     return TrainingData(
         table,
         shapes,
-        Latents(entries, base.device, budget),
+        Cache(latents, [view.entry(vae_hash, cfg.cache_dtype) for view in views], base.device),
         [len(row) for row in rows],
         base,
         text_states=states,
@@ -166,15 +175,9 @@ def _cached(
         augmentation=Augmentation(cfg.noise_offset, cfg.caption_dropout, cfg.unmasked_weight),
         num_timesteps=base.scheduler.config.num_train_timesteps,
         seed=cfg.seed,
-        masks=masks,
+        masks=Cache(masks, [mask_entry(view, *masking) for view in views], base.device)
+        if cfg.masked_loss
+        else None,
         class_data=beside,
+        carried=Carried(views, cfg, base.info.vae_factor) if cfg.motion and cfg.motion.carried else None,
     )
-
-
-def _budget(device: torch.device) -> tuple[int, int]:
-    """Bytes of a cache that may lie on the device and in memory: a share of what is free."""
-    memory = 4 << 30
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
-    return on_device // 4, memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -12,6 +12,7 @@ from lorakit.ground.runs import set_aside_after
 from lorakit.training.class_pictures import class_record
 from lorakit.training.config import APPLIED, FIXED
 from lorakit.training.lcm_config import teacher_loras
+from lorakit.training.motion_config import motion_record
 from lorakit.training.objective_config import prompts_of
 from lorakit.training.plan import Plan
 from lorakit.weights.base import BaseInfo
@@ -47,6 +48,7 @@ def run_record(cfg: Any, plan: Plan) -> dict[str, Any]:
         "prompt_embeds": states_digest(cfg.prompt_embeds),
         "class_pictures": class_record(cfg, plan.resolution, plan.class_table),
         "teacher_loras": lora_digests(teacher_loras(cfg)),
+        "motion": motion_record(cfg, plan.adapter),
         "resolution": plan.resolution,
         "total_batch": plan.total_batch,
         "validation": validation_record(cfg, plan),
@@ -123,7 +125,7 @@ def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
     state = read_state(folder)
     old, new = state["config"], cfg.model_dump(mode="json")
     changed = {key for key in new if key in old and old[key] != new[key]}
-    lines = [f"{key}: {old[key]} -> {new[key]}" for key in sorted(changed & FIXED)]
+    lines = [f"{key}: {old[key]} -> {new[key]}" for key in sorted(changed & FIXED - {"motion"})]
     if state["total_batch"] != plan.total_batch:
         lines.append(f"samples per step: {state['total_batch']} -> {plan.total_batch} (set total_batch_size)")
     if state.get("base_loras", []) != base_loras_record(cfg):
@@ -136,6 +138,8 @@ def check_resume(cfg: Any, plan: Plan, folder: Path) -> list[str]:
         lines.append("pictures of the class: others")
     if state.get("teacher_loras", []) != lora_digests(teacher_loras(cfg)):
         lines.append("lcm.teacher_loras: other files or weights")
+    if plan.base.known and state.get("motion") != motion_record(cfg, plan.adapter):
+        lines.append("motion: other settings, or another adapter")
     if plan.base.known and state["resolution"] != plan.resolution:
         lines.append(f"resolution: {state['resolution']} -> {plan.resolution}")
     if lines:

@@ -15,13 +15,22 @@ from lorakit.diffusion.text import dropped
 from lorakit.ground.errors import UserError
 from lorakit.training.config import TrainConfig
 from lorakit.training.lcm_config import teacher_loras
+from lorakit.training.motion_config import adapter_of
 from lorakit.training.setup import Learner
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import text_layers
-from lorakit.weights.lora_file import TARGET_PRESETS, LoraPair, component_of, refuse_vectors, unflatten
+from lorakit.weights.lora_file import (
+    TARGET_PRESETS,
+    LoraPair,
+    component_of,
+    ends_in,
+    refuse_vectors,
+    unflatten,
+)
 from lorakit.weights.lora_import import read_any
 from lorakit.weights.lora_metadata import Component
 from lorakit.weights.merging import check_places
+from lorakit.weights.tensors import Shapes
 
 Modules = Mapping[str, LoraPair]
 
@@ -54,7 +63,8 @@ def settled(cfg: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if cfg.init_lora is None:
         return cfg, notes
     file, own = read_any(Path(cfg.init_lora))
-    _check(file.modules, base, cfg.init_lora)
+    adapter = adapter_of(cfg, base)
+    _check(file.modules, base, cfg.init_lora, adapter.shapes if adapter else None)
     changes = _settings(cfg, file.modules, base)
     said = ", ".join(f"{key} {_shown(value)}" for key, value in changes.items())
     notes += [f"{cfg.init_lora}: {note}" for note in own]
@@ -74,11 +84,11 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
-def _check(modules: Modules, base: BaseInfo, label: str) -> None:
+def _check(modules: Modules, base: BaseInfo, label: str, more: Shapes | None = None) -> None:
     """Raises UserError unless a LoRA can be an adapter of the base, as far as its headers are here."""
     refuse_vectors(modules, label)
     if base.known:
-        check_places(base, modules, label)
+        check_places(base, modules, label, more)
 
 
 def _settings(cfg: TrainConfig, modules: Modules, base: BaseInfo) -> dict[str, Any]:
@@ -144,7 +154,7 @@ def _exact_targets(own: set[str], base: BaseInfo) -> str | tuple[str, ...]:
 
 
 def _ends_in(name: str, ends: Sequence[str]) -> bool:
-    return any(f".{name}".endswith(f".{end}") for end in ends)
+    return any(ends_in(name, end) for end in ends)
 
 
 def _untrained(chosen: str | tuple[str, ...], modules: Modules) -> list[str]:

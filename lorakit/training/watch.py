@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lorakit.diffusion.lora import lora_disabled, only_adapters
@@ -149,6 +150,7 @@ class SampleSheet:
     Args:
         sampler: what the LoRA's file will ask for, if not the base's usual one; then a second column without
             LoRA is drawn with it, or one could not tell what is due to the LoRA.
+        draw: sample_images, or what makes pictures as it does.
         options: of sample_images, for the base's usual sampler.
     """
 
@@ -161,11 +163,12 @@ class SampleSheet:
         embed: Embed,
         prompt_syntax: str,
         sampler: Mapping[str, Any] | None = None,
+        draw: Callable[..., list[Image.Image]] = sample_images,
         **options,
     ):
         self.folder, self.base, self.text_encoder = folder, base, text_encoder
         self.prompts, self.embed, self.syntax = prompts, embed, prompt_syntax
-        self.sampler, self.options = sampler, options
+        self.sampler, self.sample_images, self.options = sampler, draw, options
 
     def draw(self, step: int) -> None:
         """Sample at `step` and draw the sheet anew. A failure is a warning: it must not end the run."""
@@ -213,7 +216,7 @@ class SampleSheet:
             }
         models = [self.base.unet] if self.text_encoder is None else [self.base.unet, self.text_encoder]
         with evaluating(*models):
-            rows = (sample_images(self.base, *embeds, **options) for embeds in self.embed())
+            rows = (self.sample_images(self.base, *embeds, **options) for embeds in self.embed())
             images = [image for row in rows for image in row]
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):

@@ -75,7 +75,7 @@ def _sampler(hints: str) -> str | None:
         return None
 
 
-def refuse_few_steps(path: str) -> None:
+def refuse_few_steps(path: str, remedy: str = "fit a LoRA to the picture instead (train_lora.py)") -> None:
     """A LoRA that changed what sampling means has no DDIM path from a picture to its noise.
 
     Raises:
@@ -84,5 +84,5 @@ def refuse_few_steps(path: str) -> None:
     if found := few_steps(path):
         raise UserError(
             f"{path}: looks like a LoRA for sampling in few steps ({found.word!r} in {found.text!r}), under "
-            "which a picture cannot be inverted; fit a LoRA to the picture instead (train_lora.py)"
+            f"which a picture cannot be inverted; {remedy}"
         )

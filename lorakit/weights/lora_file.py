@@ -1,4 +1,4 @@
-"""LoRAs as files hold them: one canonical form for every layout, and the two layouts that are written.
+"""LoRAs as files hold them: one canonical form for every layout, and the three layouts that are written.
 
 A module is named as kohya's sd-scripts names it (`lora_unet_mid_block_attentions_0_proj_in`), because every
 other naming flattens to it; the way back, `unflatten`, is a rule. The change of a module's weight is
@@ -11,17 +11,19 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.ground.errors import DivergedError, UserError
 from lorakit.weights.adapter_config import adapter_metadata
 from lorakit.weights.lora_metadata import Component
+from lorakit.weights.original_names import original_motion_layer
 from lorakit.weights.tensors import chunks, payload_sha256
 
 if TYPE_CHECKING:
     import torch
 
-Layout = Literal["kohya", "diffusers"]
+Layout = Literal["kohya", "diffusers", "animatediff"]
 
 _PREFIXES: dict[Component, str] = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 
@@ -91,14 +93,23 @@ _CONVOLUTION = ("conv1", "conv2", "conv_shortcut", *_SAMPLERS, "time_emb_proj")
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _CLIP_ALL = (*_CLIP_ATTENTION, "fc1", "fc2")
 
-# Ends of module paths. proj_in and proj_out are 1x1 convolutions in SD 1.x and linear in SD 2.x.
+_MOTION = "motion_modules."
+
+# Ends of module paths, in which * stands for anything. proj_in and proj_out are 1x1 convolutions in SD 1.x
+# and linear in SD 2.x.
 TARGET_PRESETS: dict[Component, dict[str, tuple[str, ...]]] = {
     "unet": {
         "attention": _ATTENTION,
         "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
         "all": (*_ATTENTION, *_FEED_FORWARD, *_CONVOLUTION),
+        "temporal": tuple(f"{_MOTION}*.{name}" for name in _ATTENTION),
     },
-    "text_encoder": {"attention": _CLIP_ATTENTION, "attention+ff": _CLIP_ALL, "all": _CLIP_ALL},
+    "text_encoder": {
+        "attention": _CLIP_ATTENTION,
+        "attention+ff": _CLIP_ALL,
+        "all": _CLIP_ALL,
+        "temporal": (),
+    },
 }
 
 # What `_` joins inside one attribute name of the U-Net and of CLIP, the original code's last; every other `_`
@@ -151,6 +162,21 @@ def split_name(flat: str) -> str:
     return ".".join(_SPLIT.findall(flat))
 
 
+def ends_in(name: str, end: str) -> bool:
+    """Whether a module's path ends in `end`, at a dot; * in it stands for anything."""
+    return fnmatchcase(f".{name}", f"*.{end}")
+
+
+def is_motion(name: str) -> bool:
+    """Whether a module, by either name, is of a motion adapter."""
+    return re.search(r"[._]motion_modules[._]", name) is not None
+
+
+def reads_text(name: str) -> bool:
+    """Whether a module, by kohya name, takes the text encoder's states."""
+    return name.endswith(("attn2_to_k", "attn2_to_v")) and not is_motion(name)
+
+
 def is_vector(name: str) -> bool:
     """Whether a module is a bias (`lora_unet_conv_in.bias`) or a norm, which no adapter changes."""
     return name.endswith(".bias") or re.search(r"norm(\d|_out)?$", name) is not None
@@ -168,9 +194,7 @@ def refuse_vectors(modules: Mapping[str, LoraPair], label: str) -> None:
 def base_of(modules: Mapping[str, LoraPair]) -> str | None:
     """The base model's family, by the width of the text that cross attention reads; None if unknown."""
     families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-    widths = (
-        pair.down.shape[1] for name, pair in modules.items() if name.endswith(("attn2_to_k", "attn2_to_v"))
-    )
+    widths = (pair.down.shape[1] for name, pair in modules.items() if reads_text(name))
     return families.get(next(widths, 0))
 
 
@@ -207,15 +231,23 @@ def lora_chunks(
         words: what new words stand for, (n, D) each, put beside the LoRA as A1111 reads them there.
     Raises:
         DivergedError: a tensor is not finite, or not in `dtype`.
-        UserError: no modules; DoRA in the kohya layout; biases and norms in the other.
+        UserError: no modules; DoRA in the kohya layout; biases and norms in the others; in AnimateDiff's what
+            is no LoRA for motion.
     """
     if not modules:
         raise UserError("there is no LoRA module to write")
-    if layout == "kohya" and any(pair.magnitude is not None for pair in modules.values()):
+    if layout != "diffusers" and any(pair.magnitude is not None for pair in modules.values()):
         raise UserError(
-            "DoRA cannot be written in the kohya layout: its readers drop or reinterpret the magnitudes. "
+            f"DoRA cannot be written in the {layout} layout: its readers drop or reinterpret the magnitudes. "
             'Choose save_format "diffusers"'
         )
+    if layout == "animatediff":
+        modules = folded(modules)  # which has no place for an alpha
+        if strange := [name for name in modules if not is_motion(name)]:
+            raise UserError(
+                f"{len(strange)} of {len(modules)} modules, such as {strange[0]}, are not of a motion "
+                "adapter and have no place in AnimateDiff's layout. Choose format=diffusers"
+            )
     if layout == "diffusers" and (vectors := [name for name in modules if is_vector(name)]):
         raise UserError(
             f"{len(vectors)} biases and norms, such as {vectors[0]}, have no place in the diffusers layout. "
@@ -244,9 +276,13 @@ def _laid_out(
     tensors: dict[str, torch.Tensor] = {}
     for name, pair in sorted(modules.items()):
         own = {slot: tensor.to(dtype or tensor.dtype) for slot, tensor in pair.tensors().items()}
-        tensors |= (
-            _kohya_tensors(name, own, pair.alpha) if layout == "kohya" else _diffusers_tensors(name, own)
-        )
+        if layout == "kohya":
+            tensors |= _kohya_tensors(name, own, pair.alpha)
+        elif layout == "diffusers":
+            tensors |= _diffusers_tensors(name, own)
+        else:
+            stem = original_motion_layer(unflatten(name)[1])
+            tensors |= {f"{stem}_lora.{slot}.weight": tensor for slot, tensor in own.items()}
     return tensors
 
 

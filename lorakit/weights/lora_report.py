@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, unflatten
+from lorakit.weights.lora_file import LoraFile, LoraPair, base_of, component_of, reads_text, unflatten
 from lorakit.weights.mixing import factors, inner, squared_distance
 from lorakit.weights.tensors import file_payload_sha256, header_dtypes
 
@@ -30,9 +30,7 @@ def describe(path: Path, file: LoraFile, *, each: bool) -> list[str]:
     for name, pair in sorted(modules.items()) if each else ():
         norm = f"{norms[name]:9.4g}" if name in norms else "     DoRA"
         lines.append(f"{_dotted(name):78} {pair.rank:5d} {pair.alpha:7g} {norm}")
-    width = next(
-        (p.down.shape[1] for n, p in modules.items() if n.endswith(("attn2_to_k", "attn2_to_v"))), None
-    )
+    width = next((pair.down.shape[1] for name, pair in modules.items() if reads_text(name)), None)
     base = base_of(modules) or "unknown"
     dtypes = sorted({dtype for key, dtype in header_dtypes(path).items() if not key.endswith("alpha")})
     parameters = sum(tensor.numel() for pair in modules.values() for tensor in pair.tensors().values())

@@ -25,7 +25,7 @@ from lorakit.weights.lora_metadata import Component
 from lorakit.weights.mixing import Source, check_same_base, concatenated, factors
 from lorakit.weights.original_names import names_of, plain_name
 from lorakit.weights.part_files import BaseError
-from lorakit.weights.tensors import read_header, tensor_bytes
+from lorakit.weights.tensors import Shapes, read_header, tensor_bytes
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHECKPOINTS = {".safetensors", ".ckpt", ".bin", ".pt", ".pth"}
@@ -164,10 +164,16 @@ def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def check_places(info: BaseInfo, modules: Mapping[str, LoraPair], label: str) -> None:
-    """Raises UserError unless every module of the LoRA `label` has a tensor of its size in a base."""
+def check_places(
+    info: BaseInfo, modules: Mapping[str, LoraPair], label: str, more: Shapes | None = None
+) -> None:
+    """Raises UserError unless every module of the LoRA `label` has a tensor of its size in a base.
+
+    Args:
+        more: as of `fit_of`.
+    """
     sides = {name: (pair.up.shape[0], pair.down[0].numel()) for name, pair in modules.items()}
-    misfit = find_misfit(info, sides)
+    misfit = find_misfit(info, sides, more)
     if misfit is None:
         return
     made_for = f"; the LoRA is made for {base_of(modules)}" if base_of(modules) else ""

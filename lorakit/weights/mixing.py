@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorakit.ground.errors import UserError
 from lorakit.ground.randomness import generator
-from lorakit.weights.lora_file import LoraPair, base_of
+from lorakit.weights.lora_file import LoraPair, base_of, reads_text
 from lorakit.weights.tensors import tensor_bytes
 
 Factors = tuple[Tensor, Tensor]
@@ -197,7 +197,7 @@ def check_same_base(sources: Sequence[Source]) -> None:
     for label, modules, _ in sources:
         for name, pair in modules.items():
             sides: dict[str, tuple[int, ...]] = {name: (pair.up.shape[0], pair.down[0].numel())}
-            if name.endswith(("attn2_to_k", "attn2_to_v")):  # all read one text, whichever layers a file has
+            if reads_text(name):  # all read one text, whichever layers a file has
                 sides["text"] = (pair.down.shape[1],)
             for key, side in sides.items():
                 first, expected = seen.setdefault(key, (label, side))

@@ -5,7 +5,7 @@ Its temporal attention stands beside a base's layers, and looks along the frames
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lorakit.weights.part_files import BaseError, Place, Places, candidates, rea
 from lorakit.weights.tensors import Shapes
 
 _FILES = candidates("unet")[:2]
-_WITHOUT = "Without one, set motion_adapter=null"
+_WITHOUT = "animate.py makes films without one: motion_adapter=null"
 _CONVERTED = (
     "AnimateDiff's .ckpt files are pickled and not read; the same adapters are published as safetensors in "
     "diffusers' layout, such as guoyww/animatediff-motion-adapter-v1-5-2"
@@ -60,6 +60,14 @@ def inspect_motion_adapter(name: str, base: BaseInfo) -> MotionInfo:
         raise _unusable(name, f"no such folder or file; paths are relative to {Path.cwd()}")
     _check_fit(info, base)
     return info
+
+
+def with_betas(base: BaseInfo, schedule: str | None) -> BaseInfo:
+    """The base with the noise schedule of this name; None, or one that is not here yet: as it is."""
+    if schedule is None or not base.known:
+        return base
+    scheduler = base.configs["scheduler"] | {"beta_schedule": schedule, "trained_betas": None}
+    return replace(base, configs=base.configs | {"scheduler": scheduler})
 
 
 def _unusable(name: str, why: str) -> BaseError:

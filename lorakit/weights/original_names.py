@@ -181,3 +181,11 @@ def motion_name(name: str) -> str:
     for original, today in _MOTION:
         name = name.replace(original, today)
     return name
+
+
+def original_motion_layer(name: str) -> str:
+    """AnimateDiff's name of a projection of the temporal attention, as its LoRAs have it."""
+    name = re.sub(r"(\.motion_modules\.\d+)\.", r"\1.temporal_transformer.", name)
+    for original, today in _MOTION[1:3]:
+        name = name.replace(today, f"{original}processor.")
+    return name.removesuffix(".0")

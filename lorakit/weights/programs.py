@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.weights.lora_file import Layout, component_of, is_vector
+from lorakit.weights.lora_file import Layout, component_of, is_motion, is_vector
 from lorakit.weights.lora_reader import read_lora
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Program and version -> the traits with which it applies something else, or nothing."""
+OF_MOTION: dict[Layout, str] = {
+    "kohya": "animate.py alone; for others set format=diffusers or format=animatediff",
+    "diffusers": "animate.py, diffusers 0.42.1 (AnimateDiffPipeline); for ComfyUI set format=animatediff",
+    "animatediff": "animate.py, ComfyUI's AnimateDiff-Evolved by its rules for names; not diffusers",
+}
+"""Who reads a LoRA for motion."""
 _REMEDIES = {"alpha that is not the rank": "fold_alpha=true", "the diffusers layout": "format=kohya"}
 
 
@@ -58,6 +64,8 @@ def readers(modules: Modules, layout: Layout) -> dict[str, list[str]]:
 
 def read_by(modules: Modules, layout: Layout) -> str:
     """The programs that read a file rightly, and why the others do not, in a line."""
+    if all(map(is_motion, modules)):
+        return OF_MOTION[layout]
     found = readers(modules, layout)
     right = [program for program, faults in found.items() if not faults]
     wrong = [f"{program} ({', '.join(map(_words, faults))})" for program, faults in found.items() if faults]

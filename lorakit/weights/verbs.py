@@ -26,7 +26,7 @@ class Table(Config):
 class Output(Config):
     out: str = Field(description="LoRA file to write", pattern=r"\.safetensors$")
     overwrite: bool = Field(False, description="replace it if it exists")
-    format: Literal["kohya", "diffusers"] = Field("kohya", description="kohya is read by diffusers, ComfyUI and A1111; diffusers is PEFT's")
+    format: Literal["kohya", "diffusers", "animatediff"] = Field("kohya", description="kohya is read by diffusers, ComfyUI and A1111; diffusers is PEFT's, which alone diffusers reads of LoRAs for motion; animatediff has AnimateDiff's own names, for these alone")
     dtype: Literal["float32", "fp16", "bf16"] | None = Field(None, description="of the tensors; null: as in the files, the wider one where they differ")
 
 

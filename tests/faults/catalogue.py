@@ -1,8 +1,8 @@
 """Every fault that this toolkit promises to survive or to explain, and the tests that prove it.
 
 Families: L the life of a run, D data sets, I pictures, F LoRA files and bases, C configs, B bases as they are
-published, P drags. `code` is the exit code that a script ends with; a test is named by its file below tests/
-and its function, `::` between them.
+published, P drags, K caches. `code` is the exit code that a script ends with; a test is named by its file
+below tests/ and its function, `::` between them.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,7 @@ FAMILIES = {
     "C": "configs",
     "B": "bases as published",
     "P": "drags",
+    "K": "caches of a training",
 }
 
 
@@ -35,6 +36,7 @@ CONFIGS, FOLDER, IMAGES = "faults/test_configs.py::test_", "test_folder.py::test
 TRAIN, MORPH, RUNS = "test_train.py::test_", "test_morph.py::test_", "test_runs.py::test_"
 BASES, SINGLE, HUB = "faults/test_bases.py::test_", "test_single_file.py::test_", "test_hub.py::test_"
 LAYOUTS, CHANGED = "test_layouts.py::test_", "test_changed_base.py::test_"
+CACHES, SHARDS = "faults/test_caches.py::test_", "test_shards.py::test_"
 IMAGIC = "test_edit_imagic.py::test_"
 LORA_FILE, MIX = "test_lora_file.py::test_", "test_mix_lora.py::test_"
 DRAGS, DRAG = "faults/test_drags.py::test_", "test_drag.py::test_"
@@ -739,5 +741,59 @@ ROWS = (
             f"{DRAG}killed_at_random_the_same_command_gives_the_same_bytes",
             f"{DRAG}ctrl_c_during_a_drag_ends_it_with_130_and_nothing_half_written",
         ),
+    ),
+    Row(
+        "K1",
+        "killed while it caches, in the middle of an entry too",
+        "0 after the same command",
+        (
+            f"{CACHES}k1_a_run_killed_while_it_caches_goes_on_where_it_was",
+            f"{SHARDS}a_kill_in_any_write_costs_what_was_being_written",
+            f"{SHARDS}a_shard_cut_short_holds_what_lies_before_the_cut",
+        ),
+    ),
+    Row(
+        "K2",
+        "a disk that fills up while it caches",
+        "4, and what was cached stays",
+        (
+            f"{CACHES}k2_a_disk_that_fills_up_keeps_what_was_cached",
+            f"{SHARDS}a_write_that_fails_half_way_leaves_what_was_there",
+        ),
+    ),
+    Row(
+        "K3",
+        "a flipped byte in an entry, its head or the index, before a run or under it",
+        "0, made anew; 4 under a run",
+        (
+            f"{CACHES}k3_a_flipped_byte_costs_what_it_lies_in",
+            f"{CACHES}k3_a_byte_that_is_flipped_under_a_run_ends_it_and_the_next_makes_it_anew",
+            f"{SHARDS}no_flipped_byte_is_read",
+            f"{SHARDS}a_damaged_entry_that_is_made_again_is_read_from_then_on",
+        ),
+    ),
+    Row(
+        "K4",
+        "two runs on one cache at once",
+        "0",
+        (
+            f"{CACHES}k4_two_runs_fill_one_cache_at_once",
+            f"{SHARDS}writers_at_once_have_shards_of_their_own_and_see_each_other_when_they_look",
+        ),
+    ),
+    Row(
+        "K5",
+        "a cache of an older version",
+        "0, made anew and said",
+        (
+            f"{CACHES}k5_a_cache_of_an_older_version_is_made_anew_and_said",
+            f"{SHARDS}what_is_no_shard_of_this_version_holds_nothing",
+        ),
+    ),
+    Row(
+        "K6",
+        "a read-only cache",
+        "0 if it holds what is needed; else 4",
+        (f"{USER}a_cache_that_is_full_of_what_is_needed_may_be_read_only",),
     ),
 )

@@ -11,7 +11,7 @@ import pytest
 from catalogue import FAMILIES, ROWS
 from harness import ROOT
 
-LAST = {"L": 16, "D": 17, "I": 11, "F": 10, "C": 7, "B": 10, "P": 6}
+LAST = {"L": 16, "D": 17, "I": 11, "F": 10, "C": 7, "B": 10, "P": 6, "K": 6}
 """Rows of each family, numbered from 1."""
 
 

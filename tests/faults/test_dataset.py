@@ -248,14 +248,14 @@ def plan_of(arguments):
     return cfg, make_plan(cfg)
 
 
-def test_d4_equal_names_have_cache_entries_of_their_own(train, data, tmp_path):
+def test_d4_equal_names_have_cache_entries_of_their_own(train, data):
     sub_folders(data)
     cfg, plan = plan_of(train())
-    entries = {view.entry(tmp_path, "vae") for views in training_views(cfg, plan) for view in views}
+    entries = {view.entry("vae") for views in training_views(cfg, plan) for view in views}
     assert len(plan.table.rows) == len(entries) == 4
     shutil.copy(data / "a/x.png", data / "b/x.png")  # the same picture is the same entry
     cfg, plan = plan_of(train())
-    assert len({views[0].entry(tmp_path, "vae") for views in training_views(cfg, plan)}) == 3
+    assert len({views[0].entry("vae") for views in training_views(cfg, plan)}) == 3
 
 
 def test_d16_a_caption_that_was_edited_under_the_same_size_and_time_is_seen(command, train, data, a_run):

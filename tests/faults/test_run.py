@@ -98,7 +98,7 @@ def signalled(module: str, name: str, *signums: int, call: int = 1) -> Callable[
 # ---- L5: signals ----
 
 TRAINING = {
-    "while latents are cached": (("lorakit.training.data", "write_entry"), "before the first step", 0),
+    "while latents are cached": (("lorakit.training.caches", "write_entry"), "before the first step", 0),
     "in the first step": (("lorakit.training.watch", "Metrics.add"), "at step 1 of 6", 1),
     "in the validation": (("lorakit.training.watch", "validation_loss"), "at step 4 of 6", 4),
     "in a save": (("lorakit.training.saving", "publish_checkpoint"), "at step 3 of 6", 3),
@@ -544,16 +544,16 @@ def test_l11_a_place_that_cannot_be_written_by_a_mix(here, fitted, case):
 
 def test_l16_a_picture_that_breaks_in_a_decoding_thread_is_named(here, settings, monkeypatch, tmp_path):
     from lorakit.pictures.images import ImageError
-    from lorakit.training import data
+    from lorakit.training import caches
 
-    real = data.load_image
+    real = caches.load_image
 
     def broken(source, *, name, **options):
         if name == "2.png":
             raise ImageError(f"{name}: truncated or broken PNG; replace it")
         return real(source, name=name, **options)
 
-    monkeypatch.setattr(data, "load_image", broken)
+    monkeypatch.setattr(caches, "load_image", broken)
     result = here("train_lora", settings(dataloader_num_workers=2))
     assert_refused(result, 2, "2.png", "replace it")
     assert not (tmp_path / "ckpt/run.safetensors").exists() and not litter(tmp_path)
@@ -562,12 +562,12 @@ def test_l16_a_picture_that_breaks_in_a_decoding_thread_is_named(here, settings,
 
 
 def test_l16_a_thread_that_fails_otherwise_ends_the_run_with_its_traceback(here, settings, monkeypatch):
-    from lorakit.training import data
+    from lorakit.training import caches
 
     def exhausted(*args, **options):
         raise MemoryError("planted")
 
-    monkeypatch.setattr(data, "load_image", exhausted)
+    monkeypatch.setattr(caches, "load_image", exhausted)
     result = here("train_lora", settings(dataloader_num_workers=2))
     assert result.code == 1 and "MemoryError: planted" in result.err
 

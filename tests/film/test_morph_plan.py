@@ -40,11 +40,13 @@ def planned(morph_settings):
 # ---- counts ----
 
 
-def test_the_shipped_morph_takes_at_most_1100_evaluations():
+def test_the_shipped_morph_takes_at_most_two_fifths_of_fifty_steps_of_ddim():
     cfg = load_config(MorphConfig, ROOT / "cfg/morph/mountain.json").config
-    assert (cfg.frames, cfg.num_inference_steps, cfg.reschedule) == (16, 50, "probe")
+    assert (cfg.frames, cfg.solver, cfg.num_inference_steps, cfg.reschedule) == (16, "ab2", 16, "probe")
+    own = sum(count_evaluations(cfg, make_morph_plan(cfg)).values())
+    cfg = cfg.model_copy(update={"solver": "ddim", "num_inference_steps": 50})
     counts = count_evaluations(cfg, make_morph_plan(cfg))
-    assert sum(counts.values()) <= 1100
+    assert own <= 0.4 * sum(counts.values()) and sum(counts.values()) <= 1100
     full = cfg.model_copy(update={"reschedule": "full"})  # as DiffMorpher does it
     assert sum(count_evaluations(full, make_morph_plan(full)).values()) > 1600
 
@@ -92,7 +94,8 @@ def test_a_run_of_two_frames_a_segment_is_the_pictures_alone(planned, morphed):
 
 
 def test_fixed_point_takes_no_more_than_was_planned(planned, morphed):
-    changes = {"inversion_method": "fixed_point", "loras": NONE, "frames": 3, "reschedule": "off"}
+    changes = {"loras": NONE, "frames": 3, "reschedule": "off", "solver": "ddim"}
+    changes["inversion_method"] = "fixed_point"
     bound = sum(count_evaluations(*planned(**changes)).values())
     plain = sum(count_evaluations(*planned(**changes | {"inversion_method": "ddim"})).values())
     assert plain < morphed(**changes)[1]["unet_evaluations"] <= bound

@@ -103,8 +103,8 @@ def test_alpha_is_a_mask_whatever_the_colours(root):
 def test_entries_are_named_by_the_mask_and_the_view(root):
     row = read_folder(root, masks=True).rows[0]
     whole, mirrored = views_of(row, (64, 32), flip=True)
-    names = {mask_entry(view, kind, 8, root) for view in (whole, mirrored) for kind in ("beside", "alpha")}
+    names = {mask_entry(view, kind, 8) for view in (whole, mirrored) for kind in ("beside", "alpha")}
     assert len(names) == 4
     half((64, 32)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(root / "a-masklabel.png")
     other = views_of(read_folder(root, masks=True).rows[0], (64, 32))[0]
-    assert mask_entry(other, "beside", 8, root) not in names
+    assert mask_entry(other, "beside", 8) not in names

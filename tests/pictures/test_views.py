@@ -37,17 +37,17 @@ def test_without_buckets_everything_is_square():
 
 
 def test_an_entry_is_named_by_content_and_transform_never_by_file_name():
-    cache = Path("cache")
-    base = View(make_row(), (128, 128)).entry(cache, "vae")
-    assert View(make_row(name="other.png"), (128, 128)).entry(cache, "vae") == base
+    base = View(make_row(), (128, 128)).entry("vae")
+    assert View(make_row(name="other.png"), (128, 128)).entry("vae") == base
     others = [
-        View(make_row("b" * 64), (128, 128)).entry(cache, "vae"),
-        View(make_row(), (128, 96)).entry(cache, "vae"),
-        View(make_row(), (128, 128), flip=True).entry(cache, "vae"),
-        View(make_row(), (128, 128), offset=(0.0, 0.5)).entry(cache, "vae"),
-        View(make_row(), (128, 128)).entry(cache, "another vae"),
+        View(make_row("b" * 64), (128, 128)).entry("vae"),
+        View(make_row(), (128, 96)).entry("vae"),
+        View(make_row(), (128, 128), flip=True).entry("vae"),
+        View(make_row(), (128, 128), offset=(0.0, 0.5)).entry("vae"),
+        View(make_row(), (128, 128)).entry("another vae"),
+        View(make_row(), (128, 128)).entry("vae", "float16"),
     ]
-    assert len({base, *others}) == 6
+    assert len({base, *others}) == 7
 
 
 def test_a_picture_that_fits_its_shape_has_one_crop_and_its_mirror():

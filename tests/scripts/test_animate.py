@@ -56,12 +56,6 @@ def differ(one: Path, other: Path) -> int:
     return max(distance(a, b) for a, b in zip(frames_of(one), frames_of(other), strict=True))
 
 
-@pytest.fixture(scope="module")
-def adapters(once):
-    folder = once("adapters", lambda folder: narrow.write_motion_adapter(folder, tiny_unet()))
-    return {"folder": str(folder / "folder"), "original": str(folder / "original.safetensors")}
-
-
 @pytest.fixture
 def pan_lora(tmp_path):
     """Factory of a LoRA on the temporal attention, in AnimateDiff's own names."""
@@ -143,6 +137,94 @@ def test_every_sampler_makes_a_film_in_which_frames_agree(run, scheduler):
 def test_the_film_does_not_depend_on_the_batch(run):
     one, other = run(camera={"pan": 0.5}), run(name="other", batch_size=1, camera={"pan": 0.5})
     assert differ(one, other) <= ONE_LEVEL < differ(one, run(name="third", camera={"pan": -0.5}))
+
+
+# ---- from a picture ----
+
+
+@pytest.fixture
+def from_picture(run, pictures):
+    """Factory of a film that starts from a picture, without guidance."""
+
+    def make(*more, **changes):
+        keys = dict(image=str(pictures / "0.png"), width=16, height=16, guidance_scale=1.0)
+        return run(*more, **(keys | changes))
+
+    return make
+
+
+def round_trip(tiny_base, path):
+    from lorakit.diffusion.models import Base
+    from lorakit.diffusion.paths import decode_picture, encode_picture
+    from lorakit.pictures.images import read_picture
+    from lorakit.weights.base import inspect_base
+
+    base = Base(inspect_base(str(tiny_base)))
+    return np.asarray(decode_picture(base, encode_picture(base, read_picture(path, (16, 16)))[0]))
+
+
+def test_a_film_starts_on_its_picture_to_the_bit_and_comes_back_to_it(from_picture, tiny_base, pictures):
+    found = frames_of(from_picture(camera={"zoom": [1, 2, 1]}, frames=5))
+    wanted = round_trip(tiny_base, pictures / "0.png")
+    assert distance(found[0], wanted) == distance(found[4], wanted) == 0
+    assert min(distance(found[i], wanted) for i in (1, 2, 3)) > ONE_LEVEL
+    assert distance(frames_of(from_picture(name="seed", seed=5))[0], wanted) == 0
+    other = from_picture(name="other", image=str(pictures / "1.png"))
+    assert distance(frames_of(other)[0], wanted) > ONE_LEVEL
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_camera_at_rest_keeps_the_picture_and_another_prompt_changes_it(
+    from_picture, tiny_base, pictures, guidance_scale
+):
+    wanted = round_trip(tiny_base, pictures / "0.png")
+    still = frames_of(from_picture(guidance_scale=guidance_scale))
+    assert max(distance(frame, wanted) for frame in still) == 0
+    keys = dict(prompt=[PROMPT, "a watercolor of mountains at night"], agreement=0)
+    mixed = frames_of(from_picture(name="mixed", guidance_scale=guidance_scale, **keys))
+    assert distance(mixed[0], wanted) == 0 < distance(mixed[3], wanted)
+
+
+def test_a_film_from_a_picture_goes_on_to_the_same_bytes_and_is_another_s_with_another(
+    from_picture, arguments, tmp_path, pictures, monkeypatch
+):
+    keys = dict(camera={"pan": 0.5}, num_inference_steps=5)
+    whole = snapshot(from_picture(name="whole", **keys) / "frames")
+    monkeypatch.setattr(filming, "SAVE_SECONDS", 0.0)
+    save = filming._save
+
+    def dies(*words):
+        save(*words)
+        raise Killed
+
+    monkeypatch.setattr(filming, "_save", dies)
+    with pytest.raises(Killed):
+        from_picture(**keys)
+    monkeypatch.setattr(filming, "_save", save)
+    assert snapshot(from_picture(**keys) / "frames") == whole
+    with pytest.raises(UserError, match="holds another animation"):
+        from_picture(image=str(pictures / "1.png"), **keys)
+
+
+def test_a_film_from_a_picture_goes_with_an_adapter_and_windows(from_picture, adapters, tiny_base, pictures):
+    keys = dict(frames=11, motion_adapter=adapters["folder"], camera={"pan": 0.5})
+    found = frames_of(from_picture(**keys))
+    assert distance(found[0], round_trip(tiny_base, pictures / "0.png")) == 0 and len(found) == 11
+
+
+@pytest.mark.slow
+def test_the_lora_of_the_picture_is_fitted_first_where_it_is_missing(from_picture, tmp_path):
+    from small import SHORT_RUN
+
+    keys = {key: value for key, value in SHORT_RUN.items() if key not in ("resolution", "ckpt_name")}
+    (tmp_path / "fit.json").write_text(json.dumps(keys | {"data_dir": str(tmp_path), "max_train_steps": 2}))
+    lora = tmp_path / "own.safetensors"
+    with pytest.raises(UserError, match=r"own.safetensors: no such LoRA file.*train_if_missing=true"):
+        from_picture(lora=str(lora))
+    fit = {"lora": str(lora), "train_if_missing": True, "fit_config": str(tmp_path / "fit.json")}
+    folder = from_picture(camera={"pan": 0.5}, **fit)
+    again = from_picture(camera={"pan": 0.5}, loras=[{"path": str(lora)}], name="again")
+    assert (folder / "fit/own/picture.png").exists() and differ(folder, again) == 0
 
 
 # ---- adapters and LoRAs ----
@@ -350,6 +432,7 @@ FAULTS = {
     "no adapter": (dict(motion_adapter="nowhere"), "nowhere: .*no such folder or file.*motion_adapter=null"),
     "a sampler that draws": (dict(scheduler="euler_a"), "draws noise.*scheduler=ddim"),
     "a missing LoRA": (dict(loras=[{"path": "no.safetensors"}]), "no.safetensors: there is no such file"),
+    "a picture that is missing": (dict(image="no.png"), "no.png"),
     "a side that does not divide": (dict(width=17, height=16), "width 17: must divide"),
 }
 
@@ -384,6 +467,12 @@ IMPOSSIBLE = {
     "more prompts than frames": (["frames=2", 'prompt=["a","b","c"]'], "3 prompts for 2 frames"),
     "an overlap as wide as the window": (["motion_adapter=x", "window=4", "overlap=4"], "share 3 at most"),
     "no zoom": (["camera.zoom=0"], "zoom: from 0.1 to 8"),
+    "a camera that is elsewhere at first": (
+        ["image=x.png", "camera.zoom=[2,1]"],
+        "lists begin with 0, zoom's with 1",
+    ),
+    "another sampler for a picture": (["image=x.png", "scheduler=euler"], "on the path of ddim"),
+    "a LoRA of no picture": (["lora=x.safetensors"], "name it as image, or put the file into loras"),
     "another camera": (["camera.yaw=1"], "yaw: unknown key"),
 }
 
@@ -412,6 +501,7 @@ def test_presets_are_valid_and_the_schema_is_that_of_the_keys():
     stored = json.loads((ROOT / "cfg/animate/schema.json").read_text())
     assert stored == schema(AnimateConfig), "run: animate.py --schema > cfg/animate/schema.json"
     assert load_config(AnimateConfig, ROOT / "cfg/animate/film.json").config.frames == 16
+    assert load_config(AnimateConfig, ROOT / "cfg/animate/picture.json").config.image
     assert load_config(AnimateConfig, ROOT / "cfg/sd15/animate.json").config.beta_schedule == "linear"
 
 

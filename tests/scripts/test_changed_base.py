@@ -10,6 +10,7 @@ import pytest
 import morph
 import train_lora
 from lorakit.ground.errors import UserError
+from lorakit.ground.shards import Shards
 
 
 @pytest.fixture
@@ -42,8 +43,12 @@ def weights(path: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
 
 
-def entries(cache: Path, kind: str) -> set[str]:
-    return {path.name for path in (cache / kind).iterdir()}
+def entries(cache: Path, kind: str) -> set[bytes]:
+    return set(Shards(cache / kind).names)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def test_text_states_of_a_text_encoder_with_fewer_layers_are_made_anew(trained, base, tmp_path):
@@ -63,6 +68,17 @@ def test_text_states_of_a_text_encoder_with_fewer_layers_are_made_anew(trained, 
     assert weights(other) == weights(cold) != weights(plain)
     assert entries(cache, "latents") == before["latents"]  # the VAE is the one before
     assert len(entries(cache, "text")) == 2 * len(before["text"])
+
+
+def test_text_states_of_another_tokenizer_are_made_anew(trained, base, tmp_path):
+    trained(max_train_steps=1)
+    before = {kind: entries(tmp_path / "cache", kind) for kind in ("text", "latents")}
+    edit(base / "tokenizer/tokenizer_config.json", pad_token="<|startoftext|>")
+    options = {"pretrained_model_name_or_path": str(base), "max_train_steps": 1, "overwrite": True}
+    warm = sha(trained(**options))
+    assert len(entries(tmp_path / "cache", "text")) == 2 * len(before["text"])
+    assert entries(tmp_path / "cache", "latents") == before["latents"]
+    assert sha(trained(cache_dir=str(tmp_path / "empty"), **options)) == warm
 
 
 def test_latents_of_a_vae_with_another_config_are_made_anew(trained, base, tmp_path):
@@ -122,14 +138,14 @@ def test_a_base_that_is_known_only_once_it_is_loaded_is_compared_then(trained, s
 
 
 def test_a_film_of_a_base_that_changed_is_another_film(morphed, morph_settings, base, tmp_path):
-    cache = tmp_path / "out/cache"
+    cache = tmp_path / "out/cache/paths"
     folder, _ = morphed()
-    paths, made = entries(cache, "paths"), sha(folder / "frames/0002.png")
+    paths, made = files(cache), sha(folder / "frames/0002.png")
     morphed(pretrained_model_name_or_path=str(base))  # the control: the same film, finished already
-    assert entries(cache, "paths") == paths and sha(folder / "frames/0002.png") == made
+    assert files(cache) == paths and sha(folder / "frames/0002.png") == made
     edit(base / "tokenizer/tokenizer_config.json", pad_token="<|startoftext|>")
     with pytest.raises(UserError, match="holds another morph"):
         morph.main(morph_settings(pretrained_model_name_or_path=str(base)))
     morphed(pretrained_model_name_or_path=str(base), overwrite=True)
-    assert len(entries(cache, "paths")) == 2 * len(paths)
+    assert len(files(cache)) == 2 * len(paths)
     assert sha(folder / "frames/0002.png") != made

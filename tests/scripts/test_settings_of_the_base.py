@@ -17,6 +17,7 @@ import style_transfer
 import train_lora
 from lorakit.diffusion.models import Base
 from lorakit.ground.errors import UserError
+from lorakit.ground.shards import Shards
 from lorakit.sampling.samplers import sample_images
 from lorakit.weights.base import inspect_base
 from lorakit.weights.lora_reader import read_lora
@@ -124,9 +125,7 @@ def test_a_lora_is_trained_on_the_states_of_that_layer(trained, tmp_path):
     plain, one, two, alone = (load_file(path) for path in (*files.values(), cold))
     assert all(torch.equal(plain[key], one[key]) and torch.equal(two[key], alone[key]) for key in plain)
     assert any(not torch.equal(plain[key], two[key]) for key in plain)
-    assert len(list((tmp_path / "cache/text").iterdir())) == 2 * len(
-        list((tmp_path / "empty/text").iterdir())
-    )
+    assert len(Shards(tmp_path / "cache/text").names) == 2 * len(Shards(tmp_path / "empty/text").names) > 0
 
 
 def test_a_text_encoder_is_trained_as_far_as_it_is_read(trained, tiny_base, capsys):

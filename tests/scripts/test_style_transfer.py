@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from galleries import ONE_LEVEL, command_line, distance, levels, pictures_in, report_in
+from galleries import ONE_LEVEL, command_line, distance, levels, pictures_in, report_in, save_controlnet
 from PIL import Image
 
 import style_transfer
@@ -31,23 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def base(tiny_base):
     return Base(inspect_base(str(tiny_base)))
-
-
-def save_controlnet(folder, unet, seed=None, channels=(8, 16)):
-    """A ControlNet as training starts with, of no effect; with a seed its zero convolutions are filled."""
-    from diffusers import ControlNetModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
-    if seed is not None:
-        zeros = [p for p in controlnet.parameters() if not p.any() and p.ndim == 4]
-        assert len(zeros) >= 5
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in zeros:
-            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
-    controlnet.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Sample order, caches and batches."""
+"""Caches and batches."""
 
 import json
 from dataclasses import replace
@@ -8,28 +8,41 @@ import pytest
 import torch
 
 from lorakit.diffusion.models import Base
+from lorakit.ground.shards import Shards
 from lorakit.pictures.folder import read_folder
 from lorakit.pictures.views import views_of
-from lorakit.training.data import (
-    Augmentation,
-    Latents,
-    TrainingData,
-    cache_text_states,
+from lorakit.training.caches import (
+    Cache,
+    encode_prompts,
     encode_views,
     missing_views,
-    read_entry,
+    rows_together,
+    text_names,
     write_entry,
 )
+from lorakit.training.data import Augmentation, TrainingData
 from lorakit.weights.base import inspect_base, weights_hash
 
-CPU = torch.device("cpu")
+CPU, NAME = torch.device("cpu"), bytes(range(20))
 
 
 def cache_latents(views, base, cache_dir, vae_hash="vae", threads=0) -> int:
     """Encode what is missing; return how many that were."""
-    missing = missing_views(views, cache_dir, vae_hash)
-    encoding = encode_views(missing, base, cache_dir, vae_hash, image_options={}, threads=threads)
-    return len(list(encoding))
+    shards = Shards(cache_dir)
+    missing = missing_views(views, shards, vae_hash)
+    count = len(list(encode_views(missing, base, shards, vae_hash, image_options={}, threads=threads)))
+    shards.seal()
+    return count
+
+
+def moments_of(view, cache_dir) -> torch.Tensor:
+    return Cache(Shards(cache_dir), [view.entry("vae")], CPU)[0]
+
+
+def text_states(prompts, base, cache_dir) -> Cache:
+    names, shards = text_names(prompts, base, "text"), Shards(cache_dir)
+    encode_prompts(names, base, shards)
+    return Cache(shards, names, CPU)
 
 
 PLAIN = Augmentation()
@@ -44,7 +57,7 @@ def base(tiny_base):
 def make_data(base, pictures, tmp_path):
     """Factory of TrainingData over the small pictures at 16x16, with a cache of its own."""
 
-    def make(augmentation=PLAIN, seed=0, flip=False, crops=1, budget=(1 << 30, 1 << 30)):
+    def make(augmentation=PLAIN, seed=0, flip=False, crops=1, budget=1 << 30):
         table = read_folder(pictures)
         rows = [views_of(row, (16, 16), flip=flip, crops=crops) for row in table.rows]
         views = [view for row in rows for view in row]
@@ -53,10 +66,10 @@ def make_data(base, pictures, tmp_path):
         return TrainingData(
             table,
             [(16, 16)] * 4,
-            Latents([view.entry(tmp_path, "vae") for view in views], CPU, budget),
+            Cache(Shards(tmp_path), [view.entry("vae") for view in views], CPU, budget),
             [len(row) for row in rows],
             base,
-            text_states=cache_text_states(prompts, base, tmp_path, "text"),
+            text_states=text_states(prompts, base, tmp_path),
             token_ids=None,
             augmentation=augmentation,
             num_timesteps=1000,
@@ -69,37 +82,25 @@ def make_data(base, pictures, tmp_path):
 # ---- caches ----
 
 
-def test_an_entry_comes_back_exactly(tmp_path):
-    tensor = torch.randn(8, 3, 5)
-    write_entry(tmp_path / "x.safetensors", tensor)
-    assert torch.equal(read_entry(tmp_path / "x.safetensors"), tensor)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda d: b"",
-        lambda d: d[:-1],
-        lambda d: d[:20],
-        lambda d: d[:-1] + bytes([d[-1] ^ 1]),
-        lambda d: b"x" * len(d),
-    ],
-)
-def test_a_damaged_entry_is_no_entry(tmp_path, damage):
-    path = tmp_path / "x.safetensors"
-    write_entry(path, torch.randn(8, 3, 5))
-    path.write_bytes(damage(path.read_bytes()))
-    assert read_entry(path) is None
+@pytest.mark.parametrize("tensor", [torch.randn(8, 3, 5), torch.arange(6.0)[::2]])
+def test_an_entry_comes_back_exactly(tmp_path, tensor):
+    shards = Shards(tmp_path)
+    write_entry(shards, NAME, tensor)
+    assert torch.equal(Cache(shards, [NAME], CPU)[0], tensor)
 
 
 def test_only_what_is_missing_or_damaged_is_encoded(base, pictures, tmp_path):
     views = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows]
     assert cache_latents(views, base, tmp_path, "vae", threads=2) == 4
-    first = read_entry(views[0].entry(tmp_path, "vae"))
+    first = moments_of(views[0], tmp_path)
     assert cache_latents(views, base, tmp_path, "vae") == 0
-    views[0].entry(tmp_path, "vae").write_bytes(b"damaged")
+    [shard] = tmp_path.glob("*.shard")
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1  # in the first entry
+    shard.write_bytes(content)
     assert cache_latents(views, base, tmp_path, "vae") == 1
-    assert torch.equal(read_entry(views[0].entry(tmp_path, "vae")), first)
+    assert torch.equal(moments_of(views[0], tmp_path), first)
+    assert cache_latents(views, base, tmp_path, "vae") == 0
     assert cache_latents(views, base, tmp_path, "another vae") == 4
 
 
@@ -116,37 +117,70 @@ def test_cached_moments_are_those_of_the_vae(base, pictures, tmp_path):
     view = views_of(read_folder(pictures).rows[1], (16, 16))[0]
     cache_latents([view], base, tmp_path, "vae")
     pixels = torch.from_numpy(view.pixels(load_image(view.row.source)))[None]
-    torch.testing.assert_close(
-        read_entry(view.entry(tmp_path, "vae")), base.encode(pixels)[0], rtol=0, atol=0
-    )
+    batch = torch.zeros(rows_together(view.shape, CPU), *pixels.shape[1:])
+    batch[:1] = pixels
+    cached = moments_of(view, tmp_path)
+    torch.testing.assert_close(cached, base.encode(batch)[0], rtol=0, atol=0)
+    torch.testing.assert_close(cached, base.encode(pixels)[0], rtol=0, atol=1e-5)
+
+
+def test_moments_do_not_depend_on_what_was_encoded_beside_them(base, pictures, tmp_path):
+    """Nor does a picture's place in its batch, nor how many there were, nor how many threads decode."""
+    rows = read_folder(pictures).rows
+    views = [view for row in rows for view in views_of(row, (16, 16), flip=True, crops=16)]
+    assert len(views) > rows_together((16, 16), CPU)
+    cache_latents(views, base, tmp_path / "together", threads=4)
+    for number in (0, len(views) // 2, len(views) - 1):
+        cache_latents(views[number : number + 1], base, tmp_path / "alone")
+        alone = moments_of(views[number], tmp_path / "alone")
+        assert torch.equal(alone, moments_of(views[number], tmp_path / "together"))
+        assert not torch.equal(alone, moments_of(views[number - 1], tmp_path / "together"))
 
 
 def test_what_was_encoded_before_a_stop_stays(base, pictures, tmp_path):
     views = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows]
-    encoding = encode_views(views, base, tmp_path, "vae", image_options={})
+    encoding = encode_views(views, base, Shards(tmp_path), "vae", image_options={})
     assert [next(encoding), next(encoding)] == views[:2]
     encoding.close()
-    assert missing_views(views, tmp_path, "vae") == views[2:]
+    assert missing_views(views, Shards(tmp_path), "vae") == views[2:]
 
 
-@pytest.mark.parametrize(
-    ("budget", "where"), [((1 << 30, 0), "cpu"), ((0, 1 << 30), "memory"), ((0, 0), "disk")]
-)
-def test_latents_are_the_same_wherever_they_lie(make_data, budget, where):
-    held = make_data(budget=budget)
-    assert held.latents.where == where
-    batch, reference = held.batch([0, 3], [5, 6]), make_data().batch([0, 3], [5, 6])
-    assert torch.equal(batch.latents, reference.latents)
+@pytest.mark.parametrize(("budget", "held"), [(1 << 30, 2), (1 << 11, 1), (0, 0)])
+def test_latents_are_the_same_wherever_they_lie(make_data, budget, held):
+    data = make_data(budget=budget)
+    for _ in range(2):
+        batch, reference = data.batch([0, 3], [5, 6]), make_data().batch([0, 3], [5, 6])
+        assert torch.equal(batch.latents, reference.latents)
+        assert len(data.latents.held) == held
 
 
 def test_text_states_are_those_of_the_text_encoder_and_survive_without_it(base, tmp_path, tiny_base):
     prompt = "a photo of mountains"
-    states = cache_text_states([prompt, ""], base, tmp_path, "text")
+    states = text_states([prompt, ""], base, tmp_path)
     expected = base.text_encoder(base.tokenize([prompt]))[0][0]
     torch.testing.assert_close(states[prompt], expected, rtol=0, atol=0)
     fresh = Base(inspect_base(str(tiny_base)))
-    assert torch.equal(cache_text_states([prompt], fresh, tmp_path, "text")[prompt], states[prompt])
+    assert torch.equal(text_states([prompt], fresh, tmp_path)[prompt], states[prompt])
     assert "text_encoder" not in vars(fresh)  # never loaded
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_a_shorter_dtype_takes_half_the_disk_and_only_rounds(base, pictures, tmp_path, dtype, rounding):
+    views, prompts = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows], ["mountains", ""]
+    read = {}
+    for each in ("float32", dtype):  # one cache: entries of two dtypes do not meet
+        shards, names = Shards(tmp_path), text_names(prompts, base, "text", each)
+        assert len(missing_views(views, shards, "vae", each)) == len(views)
+        list(encode_views(views, base, shards, "vae", image_options={}, dtype=each))
+        encode_prompts(names, base, shards, each)
+        shards.seal()
+        moments = [Cache(shards, [view.entry("vae", each)], CPU)[0] for view in views]
+        read[each] = [*moments, *(Cache(shards, names, CPU)[prompt] for prompt in prompts)]
+    for exact, rounded in zip(*read.values(), strict=True):
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+        torch.testing.assert_close(rounded, exact, rtol=rounding, atol=1e-7)
+    whole, half = (path.stat().st_size for path in sorted(tmp_path.glob("*.shard")))
+    assert half < 0.6 * whole
 
 
 # ---- batches ----

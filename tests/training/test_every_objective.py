@@ -21,6 +21,12 @@ OBJECTIVES = {
     "smooth": {"objective": ["denoise", "smooth"], "smooth": {"weight": 30.0, "every": 1}},
     "prior": {"objective": ["denoise", "prior"], "prior": PRIOR},
     "words": {"objective": "textual_inversion", **WORDS},
+    "motion": {
+        "objective": "motion",
+        "motion": {"camera": [{"zoom": 1.3}, {"pan": -0.3}], "frames": 4, "takes": 2, "carried": 0.5},
+        "target_modules": "temporal",
+        "save_format": "diffusers",
+    },
     "all but lcm": {
         "objective": ["denoise", "smooth", "prior", "textual_inversion"],
         "prior": PRIOR,
@@ -29,8 +35,15 @@ OBJECTIVES = {
         **WORDS,
     },
 }
+PICTURES = {name: options for name, options in OBJECTIVES.items() if name != "motion"}
 each = pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def with_adapter(adapters, monkeypatch):
+    """Those of motion name the motion adapter of the tiny base."""
+    monkeypatch.setitem(OBJECTIVES["motion"]["motion"], "motion_adapter", adapters["folder"])
 
 
 def sha(path: Path) -> str:
@@ -83,7 +96,7 @@ def narrow_base(request, tmp_path_factory) -> Path:
     return narrow.write_base(tmp_path_factory.mktemp(request.param), "modern", request.param)
 
 
-@each
+@pytest.mark.parametrize("options", PICTURES.values(), ids=PICTURES)
 def test_each_trains_and_samples_on_the_shape_of_stable_diffusion(settings, tmp_path, narrow_base, options):
     base = {"pretrained_model_name_or_path": str(narrow_base), "resolution": 64}
     samples = {

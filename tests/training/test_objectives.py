@@ -249,6 +249,12 @@ def config_of(tmp_path, **settings):
 BESIDE: dict[str, dict[str, str]] = {
     "prior": {"objective": '["denoise","prior"]', "prior.prompts": '["a lake"]'},
     "textual_inversion": {"textual_inversion.words": '{"<alps>": "hill"}'},
+    "motion": {
+        "motion.motion_adapter": "x",
+        "motion.camera.zoom": "1.3",
+        "target_modules": "temporal",
+        "save_format": "diffusers",
+    },
 }
 
 

@@ -1,7 +1,9 @@
 """What a plan says, against what then happens."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorakit.diffusion.lora import add_lora
@@ -107,3 +109,30 @@ def test_long_captions_are_shown_with_what_is_lost(settings, pictures, tmp_path)
 def test_processes_come_from_the_launcher():
     assert launched_processes({}) == (0, 1)
     assert launched_processes({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "x"}) == (1, 4)
+
+
+def test_pictures_of_a_dataset_stay_on_the_disk(tmp_path):
+    """Forty pictures of 200 kB; a table that held them would have 8 MB."""
+    import tracemalloc
+
+    import datasets
+
+    from lorakit.training.tables import read_table
+
+    noise = np.random.default_rng(0).integers(0, 256, (40, 270, 256, 3), np.uint8)
+    records = {"image": [Image.fromarray(each) for each in noise], "text": [str(i) for i in range(40)]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(records, features).save_to_disk(str(tmp_path / "saved"))
+    cfg = TrainConfig(data_dir=None, dataset_name=str(tmp_path / "saved"), ckpt_name="x", n_epochs=1)
+    read_table(cfg)  # what is imported on the way
+    tracemalloc.start()
+    try:
+        table = read_table(cfg)
+        kept, peak = tracemalloc.get_traced_memory()
+        contents = [row.source for row in table.rows]
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    size = sum(map(len, contents))
+    assert size > 7e6 and kept < 0.1 * size and peak < 0.5 * size and held > size
+    assert table.rows[7].caption == "7" and len(table.rows) == 40

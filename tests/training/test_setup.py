@@ -9,6 +9,7 @@ from lorakit.diffusion import models
 from lorakit.diffusion.frozen import keep_less
 from lorakit.diffusion.models import Base
 from lorakit.ground.config import load_config
+from lorakit.pictures.views import View
 from lorakit.training import setup
 from lorakit.training.config import TrainConfig
 from lorakit.training.decisions import due_steps
@@ -119,8 +120,8 @@ def test_two_names_in_one_output_folder_do_not_meet(trained):
 
 def test_each_picture_is_encoded_once_and_not_at_all_in_a_later_run(trained, settings, monkeypatch):
     calls = []
-    real = Base.encode
-    monkeypatch.setattr(Base, "encode", lambda self, image: calls.append(1) or real(self, image))
+    real = View.pixels
+    monkeypatch.setattr(View, "pixels", lambda self, image: calls.append(1) or real(self, image))
     trained(max_train_steps=12)
     assert len(calls) == 4
     loaded = []
@@ -137,8 +138,8 @@ def test_each_picture_is_encoded_once_and_not_at_all_in_a_later_run(trained, set
 
 def test_random_crops_are_encoded_once_too(trained, monkeypatch):
     calls = []
-    real = Base.encode
-    monkeypatch.setattr(Base, "encode", lambda self, image: calls.append(1) or real(self, image))
+    real = View.pixels
+    monkeypatch.setattr(View, "pixels", lambda self, image: calls.append(1) or real(self, image))
     trained(max_train_steps=40, crop="random", random_crops=3, random_flip=True)
     assert len(calls) == 2 * (1 + 3 + 3 + 1)  # two of the four pictures are square
 
