@@ -72,7 +72,7 @@ def drag(cfg: DragConfig, plan: DragPlan, folder: Path) -> list[Path]:
     publish_file(folder / "track.json", (json.dumps(tracks, indent=2) + "\n").encode())
     seconds, evaluations = round(time.perf_counter() - started, 2), desk.denoiser.evaluations
     report: dict[str, Any] = {"seconds": seconds, "device": str(base.device), "evaluations": evaluations}
-    report |= {"definitions": DEFINITIONS}
+    report |= {"inversion_seconds": round(desk.inversion_seconds, 4), "definitions": DEFINITIONS}
     sheets = gallery.finish(report)
     write_page(gallery, report)
     return sheets

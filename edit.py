@@ -74,7 +74,7 @@ def edit(cfg: EditConfig, plan: EditPlan, folder: Path) -> list[Path]:
                 bar.update()
     seconds, evaluations = round(time.perf_counter() - started, 2), desk.denoiser.evaluations
     report: dict[str, Any] = {"seconds": seconds, "device": str(base.device), "evaluations": evaluations}
-    report |= {"definitions": DEFINITIONS}
+    report |= {"inversion_seconds": round(desk.inversion_seconds, 4), "definitions": DEFINITIONS}
     sheets = gallery.finish(report)
     write_page(gallery, report)
     return sheets

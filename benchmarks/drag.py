@@ -48,8 +48,8 @@ from lorakit.sampling.config import LoraEntry  # noqa: E402
 from lorakit.weights.base import inspect_base  # noqa: E402
 
 OUT = Path("out/drag_scenes")
-LORA: dict[str, Any] = {"lora": "fitted"}
-PULLED = LORA | {"method": "drag"}
+PULLED: dict[str, Any] = {"method": "drag"}
+FITTED = PULLED | {"lora": "fitted"}
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "own noise": {"noise": "own"},
@@ -59,8 +59,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "drag, start 0.1": PULLED | {"start": 0.1},
     "drag, start 0.7": PULLED | {"start": 0.7},
     "drag, no mask": PULLED | {"mask_weight": 0.0},
-    "drag, no LoRA": {"method": "drag"},
     "drag, no reference attention": PULLED | {"reference_attention": False},
+    "drag, LoRA": FITTED,
+    "drag, LoRA, start 0.1": FITTED | {"start": 0.1},
+    "drag, LoRA, start 0.7": FITTED | {"start": 0.7},
+    "drag, LoRA, no mask": FITTED | {"mask_weight": 0.0},
 }
 """What differs from the default config; `fitted` stands for the LoRA of the scene."""
 KINDS = ("disc", "house", "peak")

@@ -11,13 +11,12 @@ compared with what the autoencoder makes of that truth: its effect is the share 
 made; with --classifier also what a classifier of renders says of the wanted attribute. What the true edit
 leaves is looked at as a whole, and from two cells of the latents off what changes. Controls: the picture's
 own prompt, nothing kept by reach, later starts, SDEdit at three strengths; imagic without its first stage,
-and without its second. Prints a table, writes
-out/edit_scenes/scenes.png, and prints one JSON line last.
+and without its second. Prints a table, writes out/edit_scenes/scenes.png, and prints one JSON line last. What
+an earlier run made with the same settings is taken from out/edit_scenes; remove that to begin anew.
 """
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from PIL import Image, ImageFilter  # noqa: E402
 import edit  # noqa: E402
 from lorakit.diffusion.models import Base, set_up_backend  # noqa: E402
 from lorakit.diffusion.paths import decode_picture, encode_picture  # noqa: E402
+from lorakit.ground.publish import publish_file  # noqa: E402
 from lorakit.pictures.edges import edge_f1  # noqa: E402
 from lorakit.pictures.images import load_image, save_png, to_array  # noqa: E402
 from lorakit.pictures.sheet import contact_sheet  # noqa: E402
@@ -131,8 +131,12 @@ def run(case: Case, base: str, tag: str, **keys: Any) -> tuple[dict[str, Image.I
     settings |= {"guidance_scale": None, "num_inference_steps": None}
     settings |= {"pretrained_model_name_or_path": base, "output_dir": str(OUT), "name": name, "lora": None}
     words = [f"{key}={json.dumps(value)}" for key, value in (settings | keys | {"overwrite": True}).items()]
-    if edit.main(["cfg/edit/mountain.json", *words]):
-        raise SystemExit(1)
+    told, begun = OUT / f"{name}.json", time.perf_counter()
+    if not told.exists() or json.loads(told.read_text(encoding="utf-8"))["settings"] != words:
+        if edit.main(["cfg/edit/mountain.json", *words]):
+            raise SystemExit(1)
+        spent = {"settings": words, "seconds": time.perf_counter() - begun}
+        publish_file(told, json.dumps(spent).encode())
     entries = json.loads((OUT / name / "report.json").read_text(encoding="utf-8"))["pictures"]
     found = {" ".join(entry["cell"]): load_image(OUT / name / entry["file"]) for entry in entries}
     return found, max(entry["seconds"] for entry in entries)
@@ -168,16 +172,11 @@ def row_of(case: Case, image: Image.Image, model: Classifier | None) -> Row:
 
 def run_imagic(case: Case, base: str) -> tuple[dict[str, Image.Image], float]:
     """Way -> the result, by eta and without a stage; and the seconds of all but the controls."""
-    own, begun = OUT / f"{case.path.stem}_imagic.safetensors", time.perf_counter()
-    keys: dict[str, Any] = {"method": "imagic", "train_if_missing": True, "lora": str(own)}
-    for path in (own, OUT / f"{own.stem}.embedding.safetensors"):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(OUT / own.stem, ignore_errors=True)
+    own = str(OUT / f"{case.path.stem}_imagic.safetensors")
+    keys: dict[str, Any] = {"method": "imagic", "train_if_missing": True, "lora": own}
     found, _ = run(case, base, "imagic", **keys, grid={"eta": ETAS})
-    results, seconds = (
-        {f"imagic, {cell}": image for cell, image in found.items()},
-        time.perf_counter() - begun,
-    )
+    results = {f"imagic, {cell}": image for cell, image in found.items()}
+    seconds = json.loads((OUT / f"{case.path.stem}_imagic.json").read_text(encoding="utf-8"))["seconds"]
     found, _ = run(case, base, "no_lora", **keys, lora_weight=0, grid={"eta": [0, 1]})
     results |= {f"no second stage, {cell}": image for cell, image in found.items()}
     other = {"lora": str(OUT / f"{case.path.stem}_target.safetensors")}

@@ -66,8 +66,8 @@ class EditConfig(PictureConfig):
     keep_below: float = Field(0.25, ge=0, lt=1, description="swap keeps the picture where the words move it less than this share of where they move it most; 0: nowhere")
 
     eta: float | None = Field(None, ge=0, le=2, description="share of the target in what imagic samples under: 0 the picture, 1 the target; null: 1")
-    embed_steps: int = Field(100, ge=1, description="steps in which imagic's text states leave the target for the picture")
-    embed_learning_rate: float = Field(1e-2, gt=0, description="of these steps, by Adam")
+    embed_steps: int = Field(50, ge=1, description="steps in which imagic's text states leave the target for the picture")
+    embed_learning_rate: float = Field(2e-2, gt=0, description="of these steps, by Adam")
     embed_seed: int = Field(0, ge=0, lt=2**63, description="of what they draw")
     imagic_config: str = Field("cfg/edit/imagic/fit.json", min_length=1, description="training config for imagic's LoRA, which takes the place of fit_config")
 

@@ -57,6 +57,8 @@ class Desk:
     Args:
         cfg: of the run; `plan` was made of it.
         cache: folder of inverted paths.
+
+    `inversion_seconds` were spent on them.
     """
 
     base: Base
@@ -64,6 +66,7 @@ class Desk:
     plan: EditPlan
     cache: Path
     sources: dict[Path, Source] = field(default_factory=dict)
+    inversion_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         cfg, base = self.cfg, self.base
@@ -160,7 +163,9 @@ class Desk:
         how = Inverting(steps, prediction_type=cell.prediction_type, clip_skip=cell.clip_skip)
         name = path_name(how, self.cache, self.base, self.plan.shape, cell.image, row, _record(loras))
         if name not in self.sources:
+            begun = time.perf_counter()
             path = invert_cached(self.denoiser, row, [self.latents], [name], how)
+            self.inversion_seconds += time.perf_counter() - begun
             self.sources[name] = Source(path, row, grid)
         return self.sources[name]
 

@@ -95,6 +95,7 @@ def test_a_drag_gives_a_picture_its_ways_its_track_and_a_page(run, capsys, mask)
     assert entry["left"] == pytest.approx(way["left"], abs=0.06) and entry["psnr"] and entry["stopped"]
     # 4 of the inversion; then picture and result from node 2 of 4.
     assert report_in(folder)["evaluations"] == 4 + 2 * 2
+    assert 0 < report_in(folder)["inversion_seconds"] < report_in(folder)["seconds"]
     assert '"ways": [[[' in (folder / "index.html").read_text(encoding="utf-8")
 
 

@@ -63,6 +63,7 @@ def test_several_targets_give_results_a_sheet_and_a_report(run, capsys):
     assert set(report["definitions"]) == {"edge_f1", "psnr", "seconds"} <= set(report["pictures"][0])
     # 4 of the inversion; then the picture beside three results.
     assert report["evaluations"] == 4 + 4 * 4
+    assert 0 < report["inversion_seconds"] < report["seconds"]
     rows = report["pictures"]
     assert rows[1]["psnr"] is None and rows[1]["edge_f1"] == 1 and rows[0]["psnr"] and rows[2]["psnr"]
 
