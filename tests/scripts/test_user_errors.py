@@ -687,19 +687,23 @@ def test_a_caption_longer_than_the_text_encoder_reads_is_said_by_a_run(guarded, 
 
 def configs() -> list[str]:
     found = [*ROOT.glob("cfg/*.json"), *ROOT.glob("cfg/sd15/*.json")]
-    others = ("schema.json", "morph.json", "style_transfer.json", "edit.json", "drag.json", "animate.json")
-    return sorted(str(path.relative_to(ROOT)) for path in found if path.name not in others)
+    others = ("schema", "morph", "style_transfer", "edit", "imagic", "drag", "animate")
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.stem not in others)
 
 
 def test_the_configs_are_all_there():
-    assert len(configs()) == 14
+    assert len(configs()) == 16
 
 
 @pytest.mark.parametrize("path", configs())
 def test_every_config_loads_and_names_the_schema(path):
     loaded = load_config(TrainConfig, ROOT / path)
-    name = "ink" if path == "cfg/style.json" else Path(path).stem
-    assert loaded.config.ckpt_name.startswith(name)
+    names = {
+        "cfg/style.json": "ink",
+        "cfg/motion_lora.json": "zoom_in",
+        "cfg/sd15/motion_lora.json": "zoom_in",
+    }
+    assert loaded.config.ckpt_name.startswith(names.get(path, Path(path).stem))
     own = ROOT / path
     assert own.parent.joinpath(json.loads(own.read_text())["$schema"]).resolve() == ROOT / "cfg/schema.json"
     if own.parent.name == "cfg":  # trains as it is
