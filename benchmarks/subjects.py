@@ -21,18 +21,21 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.trainings import train_once  # noqa: E402
 
 # Way -> settings on top of cfg/subject.json, and the weight of the LoRA.
+SHORT = ["lr_scheduler_name=constant", "n_epochs=200"]
 ALONE = ["objective=denoise", "prior=null"]
 CLASS = "a photo of mountains"
 WAYS: dict[str, tuple[list[str], float]] = {
     "base": ([], 0.0),
-    "plain": (ALONE, 1.0),
-    "plain at half weight": (ALONE, 0.5),
-    "plain, 40 steps": ([*ALONE, "max_train_steps=40"], 1.0),
+    "plain": ([*ALONE, *SHORT], 1.0),
+    "plain at half weight": ([*ALONE, *SHORT], 0.5),
+    "plain, 40 steps": ([*ALONE, *SHORT, "max_train_steps=40"], 1.0),
+    "plain as long": (ALONE, 1.0),
     "prior": ([], 1.0),
-    "prior, 300 steps": (["n_epochs=300"], 1.0),
+    "prior at 1, 200 steps": (["prior.weight=1", *SHORT], 1.0),
+    "prior at 1, 300 steps": (["prior.weight=1", SHORT[0], "n_epochs=300"], 1.0),
     "prior, every sample": (["prior.every=1"], 1.0),
     "prior, two vague prompts": (['prior={"prompts": ["a photo", "a photo of mountains"]}'], 1.0),
-    "class images": ([f'prior={{"class_prompt": "{CLASS}", "class_images": 50}}'], 1.0),
+    "class images": ([f'prior={{"class_prompt": "{CLASS}", "class_images": 50}}', *SHORT], 1.0),
 }
 OTHERS = 24
 CAPTION = "a photo of rocky mountains at noon with a forest"
@@ -43,8 +46,8 @@ def trained(folder: Path, way: str, seed: int) -> tuple[Path | None, float]:
     settings, weight = WAYS[way]
     if not weight:
         return None, 0.0
-    name = f"{'-'.join(settings[:3])}-{seed}"
-    name = "".join(sign if sign.isalnum() else "_" for sign in name)[:100]
+    name = f"{'-'.join(settings)}-{seed}"
+    name = "".join(sign if sign.isalnum() else "_" for sign in name)[:150]
     path = train_once("cfg/subject.json", folder, name, seed, settings)
     lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = sorted(rate for line in lines if (rate := json.loads(line).get("images_per_second")))
