@@ -118,7 +118,7 @@ def _fit_lines(cfg: EditConfig, plan: EditPlan) -> Iterator[str]:
         if left := fit.steps - fit.done:
             yield f"to fit      {fit.embedding}, {left} steps of {BATCH} rows through the U-Net and back"
     yield from (f"to train    {path}, with {with_config}" for path in plan.missing)
-    if any(fit.done < fit.steps for fit in plan.fits):
+    if plan.base.known and any(fit.done < fit.steps for fit in plan.fits):
         for half in halves_of(cfg.mixed_precision):
             kept = backward_bytes(plan.base, plan.shape, min(BATCH, cfg.batch_size), half) or 0
             unet = plan.base.parameters.get("unet", 0) * (2 if half else 4)

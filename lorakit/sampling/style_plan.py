@@ -154,10 +154,10 @@ def notes_of(cfg: StyleConfig, info: BaseInfo, paths: list[str]) -> list[str]:
 
 def _check_loras(cell: StyleConfig) -> None:
     """Raises UserError: one under which a picture has no path to its noise, or that asks for another sampler."""
+    scheduler = cell.resolved()[0].sampler()[0]  # which says what is missing, and how to make it
     paths = [lora.path for lora in (*cell.loras, *cell.prompt_loras()) if lora.weight]
     for path in paths:
         refuse_few_steps(path, "leave it out, or set start_from=noise")
-    scheduler = cell.resolved()[0].sampler()[0]
     if scheduler != "ddim":
         raise UserError(f"start_from inversion goes back on the path of ddim, a LoRA asks for {scheduler}; set scheduler=ddim")
 

@@ -15,7 +15,10 @@ from lorakit.weights.part_files import BaseError, Place, Places, candidates, rea
 from lorakit.weights.tensors import Shapes
 
 _FILES = candidates("unet")[:2]
-_WITHOUT = "animate.py makes films without one: motion_adapter=null"
+_WITHOUT = (
+    "miniature/train_motion.py makes one for the embedded base; animate.py makes films without one: "
+    "motion_adapter=null"
+)
 _CONVERTED = (
     "AnimateDiff's .ckpt files are pickled and not read; the same adapters are published as safetensors in "
     "diffusers' layout, such as guoyww/animatediff-motion-adapter-v1-5-2"
