@@ -69,7 +69,7 @@ def make_animate_plan(cfg: AnimateConfig, base: BaseInfo | None = None) -> Anima
             f'scheduler "{scheduler}": draws noise on its way that lies in no scene; set scheduler=ddim, or '
             "another one without"
         )
-    adapter = inspect_motion_adapter(cfg.motion_adapter, base) if cfg.motion_adapter and base.known else None
+    adapter = inspect_motion_adapter(cfg.motion_adapter, base) if cfg.motion_adapter else None
     texts = [(prompt, "prompt" if len(cfg.prompts()) > 1 else "") for prompt in cfg.prompts()]
     texts.append((cfg.negative_prompt if guidance != 1 else "", "negative_prompt"))
     notes = [

@@ -93,12 +93,12 @@ def with_motion(cfg: Any, base: BaseInfo) -> tuple[BaseInfo, MotionInfo | None]:
 
 
 def adapter_of(cfg: Any, base: BaseInfo) -> MotionInfo | None:
-    """The motion adapter of a config; None without one, or before the base is here.
+    """The motion adapter of a config; None without one.
 
     Raises:
         UserError: BaseError of another base; fewer positions than frames.
     """
-    if cfg.motion is None or not base.known:
+    if cfg.motion is None:
         return None
     info = inspect_motion_adapter(cfg.motion.motion_adapter, base)
     if cfg.motion.frames > info.positions:

@@ -47,7 +47,7 @@ class MotionInfo:
 
 
 def inspect_motion_adapter(name: str, base: BaseInfo) -> MotionInfo:
-    """Describe the motion adapter `name`, for a base that is here.
+    """Describe the motion adapter `name`; whether it fits the base shows once that is here.
 
     Raises:
         BaseError: it is none, is not whole, is pickled, or is made for another base.
@@ -61,7 +61,8 @@ def inspect_motion_adapter(name: str, base: BaseInfo) -> MotionInfo:
         info = _of_file(name, path, read_shapes(path))
     else:
         raise _unusable(name, f"no such folder or file; paths are relative to {Path.cwd()}")
-    _check_fit(info, base)
+    if base.known:
+        _check_fit(info, base)
     return info
 
 

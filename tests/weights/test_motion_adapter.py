@@ -105,3 +105,10 @@ def test_a_motion_lora_fits_beside_its_adapter_and_else_its_place_is_told(tmp_pa
     save_file({f"{stem}A.weight": torch.ones(2, 9), f"{stem}B.weight": torch.ones(8, 2)}, path)
     with pytest.raises(UserError, match="does not fit"):
         fit_of(str(path), info, adapter.shapes)
+
+
+def test_a_missing_adapter_is_said_before_the_base_is_here():
+    base = inspect_base("nobody/nothing")
+    assert not base.known
+    with pytest.raises(BaseError, match="nowhere: .*no such folder or file"):
+        inspect_motion_adapter("nowhere", base)
