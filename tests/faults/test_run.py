@@ -24,6 +24,7 @@ from lorakit.ground.errors import UserError
 from lorakit.ground.runs import lock_run
 from lorakit.training.config import APPLIED, FIXED, FREE, BaseLora, TrainConfig
 from lorakit.training.lcm_config import LcmSettings
+from lorakit.training.motion_config import MotionSettings
 from lorakit.training.plan import make_plan
 from lorakit.training.prior_config import PriorSettings
 from lorakit.training.resume import check_resume
@@ -419,12 +420,17 @@ def changed(key: str, value: object) -> object:
 
 
 # Files that may lie elsewhere and must hold the same.
-CONTENTS = {"base_loras": "other files or weights", "prompt_embeds": "other text states"}
+CONTENTS = {
+    "base_loras": "other files or weights",
+    "prompt_embeds": "other text states",
+    "motion": "other settings, or another adapter",
+}
 OTHERS = {
     "objective": "smooth",
     "lcm": LcmSettings.model_validate({"solver_steps": 100}),
     "prior": PriorSettings.model_validate({"prompts": ("x",)}),
     "smooth": SmoothSettings.model_validate({"weight": 2.0}),
+    "motion": MotionSettings.model_validate({"motion_adapter": "x", "camera": {"zoom": 1.3}}),
     "base_loras": (BaseLora(path=str(ROOT / "pyproject.toml")),),  # any file has a hash
     "prompt_embeds": str(ROOT / "ckpt/miniature/text_encoder/model.safetensors"),  # any tensors have one
     "mixed_precision": "bf16",
