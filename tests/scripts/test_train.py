@@ -436,7 +436,7 @@ def test_a_run_that_diverges_keeps_the_last_checkpoint_and_names_the_step(settin
 
 def test_a_failure_in_sampling_does_not_end_the_run(trained, tmp_path, monkeypatch, caplog):
     plain = trained()
-    monkeypatch.setattr("lorakit.training.watch.sample_images", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("lorakit.training.preparation.sample_images", lambda *a, **k: 1 / 0)
     path = trained(sample_steps=2, output_dir=str(tmp_path / "failing"))
     assert relative_difference(plain, path) == 0
     assert "samples at step 2 failed, training goes on" in caplog.text
