@@ -100,8 +100,9 @@ def test_a_base_that_predicts_v_is_taught_as_well(trained, tmp_path):
 
 
 def test_how_a_step_is_split_makes_no_difference(trained, tmp_path):
-    whole = trained(train_batch_size=4, **LCM)
-    parts = trained(train_batch_size=1, total_batch_size=4, output_dir=str(tmp_path / "parts"), **LCM)
+    keys = LCM | {"adam_epsilon": 1e-5}  # which makes no step of a gradient that is all rounding
+    whole = trained(train_batch_size=4, **keys)
+    parts = trained(train_batch_size=1, total_batch_size=4, output_dir=str(tmp_path / "parts"), **keys)
     assert far(parts, whole) < 1e-4
 
 
