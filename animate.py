@@ -30,7 +30,7 @@ from lorakit.ground.runs import lock_run
 from lorakit.motion.animate_plan import AnimatePlan, describe_animation, fingerprint, make_animate_plan
 from lorakit.motion.config import AnimateConfig
 from lorakit.pictures.animation import FORMATS
-from lorakit.sampling.fitting import OF_THE_BASE, Fit, fit_lora
+from lorakit.sampling.fitting import fit_lora, picture_fit
 from lorakit.sampling.recipe import parse_sampling, png_text
 
 if TYPE_CHECKING:
@@ -112,9 +112,7 @@ def fit_missing(cfg: AnimateConfig, plan: AnimatePlan, folder: Path, stop: StopF
     """Train the LoRA of the picture that the film starts from, if it is not there yet."""
     for lora in plan.missing:
         assert cfg.image
-        base = {key: getattr(cfg, key) for key in OF_THE_BASE}
-        data = folder / "fit" / Path(lora).stem
-        fit = Fit(lora, cfg.image, cfg.prompts()[0], plan.shape, cfg.fit_config, data, base)
+        fit = picture_fit(cfg, lora, cfg.image, cfg.prompts()[0], plan.shape, folder)
         fit_lora(fit, stop, Path(__file__).with_name("train_lora.py"))
 
 

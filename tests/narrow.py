@@ -380,3 +380,13 @@ def open_clip(text: Tensors) -> Tensors:
                     layer > last
                 )
     return found
+
+
+def animatediff_pipeline(base: Any, adapter: str | Path) -> Any:
+    """diffusers' own pipeline on the parts of a base and a motion adapter's folder, silent."""
+    from diffusers import AnimateDiffPipeline, MotionAdapter
+
+    parts = {name: getattr(base, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    pipe = AnimateDiffPipeline(**parts, motion_adapter=MotionAdapter.from_pretrained(adapter))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -26,6 +26,11 @@ class Rows:
     negative_embeds: Tensor
     weights: Tensor
 
+    @classmethod
+    def plain(cls, prompt_embeds: Tensor, negative_embeds: Tensor) -> "Rows":
+        """Rows that weigh no adapters."""
+        return cls(prompt_embeds, negative_embeds, prompt_embeds.new_zeros(len(prompt_embeds), 0))
+
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 

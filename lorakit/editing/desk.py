@@ -92,7 +92,7 @@ class Desk:
             assert cell.lora is not None and cell.eta is not None
             fitted = Embedding.read(embedding_of(cell.lora), self.base.device)
             states[cell.targets()[0]] = fitted.between(cell.eta)
-        row = self._row(states[cell.prompt], negative.float())
+        row = Rows.plain(states[cell.prompt], negative.float())
         source = self._source(cell, row, loras)
 
         def work(part: slice) -> list[Result]:
@@ -119,7 +119,7 @@ class Desk:
         for loras in ([], [LoraEntry(path=cfg.lora, weight=1.0, blocks={}, rank=None)]):
             self.stack.use(loras)
             embeds, negative = self.encoder.encode([cfg.prompt], "")
-            losses += fit_losses(self.denoiser, self._row(embeds.float(), negative.float()), self.latents)
+            losses += fit_losses(self.denoiser, Rows.plain(embeds.float(), negative.float()), self.latents)
         without, own = losses
         if own * NOTICED < without:
             return []
@@ -150,9 +150,6 @@ class Desk:
     def _finished(self, image: Image.Image) -> Image.Image:
         mask = self.plan.mask
         return image if mask is None else composed(image, self.round_trip, mask, self.base.info.vae_factor)
-
-    def _row(self, prompt_embeds: Tensor, negative_embeds: Tensor) -> Rows:
-        return Rows(prompt_embeds, negative_embeds, torch.zeros(1, 0, device=prompt_embeds.device))
 
     def _source(self, cell: PictureConfig, row: Rows, loras: Sequence[LoraEntry]) -> Source:
         """The picture inverted without guidance, which edits have of their own; kept by content."""

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorakit.diffusion.attention import SharedAttention
+from lorakit.diffusion.denoiser import Rows
 from lorakit.diffusion.features import watch
 from lorakit.diffusion.frozen import keep_less
 from lorakit.diffusion.paths import decode_picture
@@ -48,7 +49,7 @@ class DragDesk(Desk):
         loras = (*cell.all_loras(), *cell.prompt_loras())
         self.stack.use(loras)
         embeds, negative = self.encoder.encode([cell.prompt], cell.negative_prompt)
-        source = self._source(cell, self._row(embeds.float(), negative.float()), loras)
+        source = self._source(cell, Rows.plain(embeds.float(), negative.float()), loras)
         begun = time.perf_counter()
         latents, track, stopped = self.started(cell, source)
         image = self._finished(self.healed(cell, source, latents, self.where))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lorakit.editing.config import PictureConfig
 from lorakit.ground.process import StopFlag
-from lorakit.sampling.fitting import OF_THE_BASE, Fit, fit_lora
+from lorakit.sampling.fitting import fit_lora, picture_fit
 
 
 def fit_missing(
@@ -20,8 +20,6 @@ def fit_missing(
     Raises:
         UserError, StoppedError: as fit_lora.
     """
-    base = {key: getattr(cfg, key) for key in OF_THE_BASE}
     with StopFlag() as stop:
         for lora in missing:
-            data = folder / "fit" / Path(lora).stem
-            fit_lora(Fit(lora, cfg.image, cfg.prompt, shape, cfg.fit_config, data, base), stop, script)
+            fit_lora(picture_fit(cfg, lora, cfg.image, cfg.prompt, shape, folder), stop, script)

@@ -5,7 +5,7 @@ from pathlib import Path
 from lorakit.film.config import MorphConfig
 from lorakit.film.morph_plan import MorphPlan
 from lorakit.ground.process import StopFlag
-from lorakit.sampling.fitting import OF_THE_BASE, Fit, fit_lora
+from lorakit.sampling.fitting import fit_lora, picture_fit
 
 
 def fit_missing(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag, script: Path) -> None:
@@ -14,9 +14,6 @@ def fit_missing(cfg: MorphConfig, plan: MorphPlan, folder: Path, stop: StopFlag,
     Raises:
         UserError, StoppedError: as fit_lora.
     """
-    base = {key: getattr(cfg, key) for key in OF_THE_BASE}
     for path in plan.missing:
         picture = next(picture for picture in cfg.images if picture.lora == path)
-        data = folder / "fit" / Path(path).stem
-        fit = Fit(path, picture.path, picture.prompt, plan.shape, cfg.fit_config, data, base)
-        fit_lora(fit, stop, script)
+        fit_lora(picture_fit(cfg, path, picture.path, picture.prompt, plan.shape, folder), stop, script)

@@ -81,10 +81,11 @@ def seen_of(image: str, shape: tuple[int, int], poses: Sequence[Pose]) -> tuple[
     own = image_size(image)
     finer = min(max(math.ceil(pose.scale) for pose in poses), max(1, min(own[0] // width, own[1] // height)))
     picture = torch.from_numpy(to_array(read_picture(image, (finer * width, finer * height))))[None]
+    still = torch.from_numpy(to_array(read_picture(image, shape)))
     views, inside = [], []
     for pose in poses:
         if pose == REST:
-            views.append(torch.from_numpy(to_array(read_picture(image, shape))))
+            views.append(still)
             inside.append(torch.ones(1, height, width))
             continue
         parts = math.ceil(finer / pose.scale)  # of a pixel's side, so that none of the picture's is skipped

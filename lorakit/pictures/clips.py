@@ -162,7 +162,7 @@ def clip_frames(path: Path, start: int, number: int, stride: int, max_pixels: in
 
 def _stills(folder: Path) -> list[Path]:
     def by_numbers(path: Path) -> list[Any]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
     stills = [path for path in folder.iterdir() if path.name.lower().endswith(STILL)]
     return sorted((path for path in stills if not path.name.startswith(".")), key=by_numbers)

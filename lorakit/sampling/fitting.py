@@ -47,6 +47,17 @@ class Fit:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def picture_fit(cfg: Any, lora: str, picture: str, prompt: str, shape: tuple[int, int], folder: Path) -> Fit:
+    """The fit that a script's config asks for: by its fit_config, on its base.
+
+    Args:
+        cfg: has OF_THE_BASE and `fit_config`.
+        shape: (width, height) at which the picture is seen; `folder` of the run.
+    """
+    base = {key: getattr(cfg, key) for key in OF_THE_BASE}
+    return Fit(lora, picture, prompt, shape, cfg.fit_config, folder / "fit" / Path(lora).stem, base)
+
+
 def fit_lora(fit: Fit, stop: StopFlag, script: Path) -> None:
     """Train it, going on where an earlier training was stopped.
 

@@ -63,7 +63,7 @@ class OwnPaths:
         known = [self.known(n, *own, way) for n, own in zip(batch.subjects, texts, strict=True)]
         path, unstyled = (torch.cat(each, dim=1) for each in zip(*known, strict=True))
         negative = batch.negative_embeds.float().expand(len(known), -1, -1)
-        styled = Rows(batch.prompt_embeds.float(), negative, _no_weights(len(known), negative))
+        styled = Rows.plain(batch.prompt_embeds.float(), negative)
         denoiser = self._denoiser(batch.subjects, way, grid)
         unchanged = torch.tensor([is_unchanged(own) for own in batch.cells], device=path.device)
 
@@ -90,7 +90,7 @@ class OwnPaths:
         how = Inverting(way.steps, prediction_type=self.cfg.prediction_type, clip_skip=self.cfg.clip_skip)
         with lora_disabled(base.unet, base.text_encoder):
             states, against = (each.float() for each in self.encoder.encode([words], negative))
-            row = Rows(states, against, _no_weights(1, states))
+            row = Rows.plain(states, against)
             name = path_name(how, self.cfg.path_folder(), base, picture.size, self.files[number], row)
             free = Denoiser(base.unet, self.schedule)
             path = invert_cached(free, row, [encode_picture(base, picture)], [name], how)
@@ -136,7 +136,3 @@ def is_unchanged(cfg: StyleConfig) -> bool:
     """Whether nothing restyles the picture: its own words, and no LoRA."""
     loras = (*cfg.loras, *cfg.prompt_loras())
     return cfg.prompt == cfg.source_prompt and not any(lora.weight for lora in loras)
-
-
-def _no_weights(rows: int, like: Tensor) -> Tensor:
-    return torch.zeros(rows, 0, device=like.device)

@@ -70,6 +70,17 @@ def write_entry(shards: Shards, name: bytes, tensor: Tensor, dtype: str = "float
     shards.write(name, serialize({"tensor": tensor.to(getattr(torch, dtype))}, {}))
 
 
+def keep_moments(shards: Shards, view: Any, moments: Tensor, vae_hash: str, dtype: str) -> None:
+    """Cache what the VAE makes of a view, or of a clip.
+
+    Raises:
+        UserError: NaN or infinity.
+    """
+    if not torch.isfinite(moments).all():
+        raise UserError(f"{view.row.name}: the VAE makes NaN or infinity of it; leave it out")
+    write_entry(shards, view.entry(vae_hash, dtype), moments, dtype)
+
+
 def missing_views(views: Sequence[Any], shards: Shards, vae_hash: str, dtype: str = "float32") -> list[Any]:
     """The views, or clips, that have no valid cache entry."""
     return [view for view in views if shards.read(view.entry(vae_hash, dtype)) is None]
@@ -111,9 +122,7 @@ def encode_views(
         decoded = _ahead(pool, pixels, groups, max(1, threads))
         for group, images in zip(groups, decoded, strict=True):
             for view, moments in zip(group, base.encode(images).cpu(), strict=False):
-                if not torch.isfinite(moments).all():
-                    raise UserError(f"{view.row.name}: the VAE makes NaN or infinity of it; leave it out")
-                write_entry(shards, view.entry(vae_hash, dtype), moments, dtype)
+                keep_moments(shards, view, moments, vae_hash, dtype)
                 yield view
 
 

@@ -11,13 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from lorakit.diffusion.models import Base
-from lorakit.ground.errors import UserError
 from lorakit.ground.randomness import derive_seed, normal, uniform
 from lorakit.ground.shards import Shards
 from lorakit.motion.carried_noise import film_noise
 from lorakit.motion.filming import Studio
 from lorakit.sampling.samplers import make_scheduler, picture_noise
-from lorakit.training.caches import write_entry
+from lorakit.training.caches import keep_moments
 from lorakit.training.clips import Clip, StillClip
 from lorakit.training.objectives import Models, Pass, Term
 
@@ -92,9 +91,7 @@ def encode_clips(
     for clip in clips:
         pixels = map(torch.from_numpy, clip.frames(image_options["max_pixels"]))
         moments = torch.cat([base.encode(frame[None]) for frame in pixels])  # (F, 2C, h, w)
-        if not torch.isfinite(moments).all():
-            raise UserError(f"{clip.row.name}: the VAE makes NaN or infinity of it; leave it out")
-        write_entry(shards, clip.entry(vae_hash, dtype), moments.cpu(), dtype)
+        keep_moments(shards, clip, moments.cpu(), vae_hash, dtype)
         yield clip
 
 

@@ -63,8 +63,14 @@ def place(tab, x, y):
     return box["x"] + x / SIZE[0] * box["width"], box["y"] + y / SIZE[1] * box["height"]
 
 
+def settle(tab):
+    """The page has taken the hands' events, and is drawn."""
+    tab.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def click(tab, x, y):
     tab.mouse.click(*place(tab, x, y))
+    settle(tab)
 
 
 def stroke(tab, *places):
@@ -73,6 +79,7 @@ def stroke(tab, *places):
     for each in places[1:]:
         tab.mouse.move(*place(tab, *each), steps=6)
     tab.mouse.up()
+    settle(tab)
 
 
 def saved(tab, button="#save"):
@@ -88,7 +95,7 @@ def mask_of(config):
 
 def colour(tab, x, y):
     """What is drawn at a place of the picture, whatever lies over it."""
-    tab.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    settle(tab)
     values = (
         "Array.from(moved.data.slice(4 * ({1} * canvas.width + {0}), 4 * ({1} * canvas.width + {0}) + 3))"
     )

@@ -253,8 +253,6 @@ def test_an_adapter_of_zeros_makes_the_film_of_none(run, tmp_path):
 
 def test_the_adapter_is_what_diffusers_makes_of_it(adapters, tiny_base):
     """The same latents through diffusers' own pipeline."""
-    from diffusers import AnimateDiffPipeline, MotionAdapter
-
     from lorakit.diffusion.models import Base
     from lorakit.motion.animate_plan import make_animate_plan
     from lorakit.weights.base import inspect_base
@@ -266,15 +264,7 @@ def test_the_adapter_is_what_diffusers_makes_of_it(adapters, tiny_base):
     noise = filming.scene_noise(plan, ours)
     filming.inflate(ours, plan.adapter)
     latents = filming.open_studio(plan, ours).denoise(noise, 3)
-    pipe = AnimateDiffPipeline(
-        vae=theirs.vae,
-        text_encoder=theirs.text_encoder,
-        tokenizer=theirs.tokenizer,
-        unet=theirs.unet,
-        scheduler=theirs.scheduler,
-        motion_adapter=MotionAdapter.from_pretrained(adapters["folder"]),
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = narrow.animatediff_pipeline(theirs, adapters["folder"])
     embeds = [theirs.text_encoder(theirs.tokenize([text]))[0] for text in (PROMPT, "")]
     found = pipe(
         prompt_embeds=embeds[0],

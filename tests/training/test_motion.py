@@ -261,21 +261,12 @@ def effect(opened, path: Path) -> torch.Tensor:
 
 def test_plain_diffusers_reads_the_file_as_it_was_trained(trained_lora, opened, tiny_base, adapters):
     """Alpha is twice the rank: a reader that does not know it has half the effect."""
-    from diffusers import AnimateDiffPipeline, MotionAdapter
-
     with safe_open(trained_lora, "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
         assert {key for key in told} >= {"unet.r", "unet.lora_alpha", "unet.target_modules"}
         assert all(is_motion(name) for name in told["unet.target_modules"])
     theirs = Base(inspect_base(str(tiny_base)))
-    pipe = AnimateDiffPipeline(
-        vae=theirs.vae,
-        text_encoder=theirs.text_encoder,
-        tokenizer=theirs.tokenizer,
-        unet=theirs.unet,
-        scheduler=theirs.scheduler,
-        motion_adapter=MotionAdapter.from_pretrained(adapters["folder"]),
-    )
+    pipe = narrow.animatediff_pipeline(theirs, adapters["folder"])
     pipe.unet.eval()
     plain = answer(pipe.unet)
     pipe.load_lora_weights(str(trained_lora))
