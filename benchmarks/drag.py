@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from drag_scenes import Case, draw_cases  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from lorakit.diffusion.denoiser import Rows  # noqa: E402
 from lorakit.diffusion.inversion import sample  # noqa: E402
 from lorakit.diffusion.models import Base, set_up_backend  # noqa: E402
 from lorakit.diffusion.paths import decode_picture, encode_picture  # noqa: E402
@@ -111,7 +112,7 @@ class Scene:
             fit_missing(cfg, missing, self.plan.shape, OUT / Path(cfg.lora).stem, script)
         self.desk.stack.use(loras)
         embeds, negative = self.desk.encoder.encode([cfg.prompt], "")
-        return self.desk._source(cfg, self.desk._row(embeds.float(), negative.float()), loras)
+        return self.desk._source(cfg, Rows.plain(embeds.float(), negative.float()), loras)
 
     def made(self, way: str) -> tuple[Image.Image, float, str]:
         """The result before its outside is put back; seconds without the inversion; why it stopped."""
