@@ -223,6 +223,13 @@ def pictures(once) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def the_same_draws():
+    """What a test draws does not hang on which tests ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def every_number_is_a_number():
     """A script flushes denormals for its whole process; the next test starts without that, as any process."""
     yield
