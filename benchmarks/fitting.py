@@ -32,7 +32,6 @@ from PIL import Image  # noqa: E402
 from demo import CONFIGS, GUIDANCE_SCALE  # noqa: E402
 from lorakit.diffusion.denoiser import Denoiser, Rows  # noqa: E402
 from lorakit.diffusion.inversion import invert, sample  # noqa: E402
-from lorakit.diffusion.lora import load_lora  # noqa: E402
 from lorakit.diffusion.metrics import sharpness  # noqa: E402
 from lorakit.diffusion.models import Base, set_up_backend  # noqa: E402
 from lorakit.diffusion.paths import decode_picture, encode_picture  # noqa: E402
@@ -41,13 +40,12 @@ from lorakit.pictures.images import crop, load_image, psnr, resize_to_cover, sav
 from lorakit.pictures.sheet import contact_sheet  # noqa: E402
 from lorakit.sampling.samplers import sample_images  # noqa: E402
 from lorakit.weights.base import inspect_base  # noqa: E402
+from lorakit.weights.lora_import import read_any  # noqa: E402
 
 WAYS = {
     "before": [
-        "learning_rate=2e-3",
-        "lr_scheduler_name=constant",
-        "timestep_bias=0",
-        "n_epochs=200",
+        *("learning_rate=2e-3", "lr_scheduler_name=constant", "timestep_bias=0"),
+        *("adam_beta1=0.9", "adam_beta2=0.999", "n_epochs=200"),
     ],
     "shipped": [],
     "shipped, 200 steps": ["n_epochs=200"],
@@ -86,11 +84,11 @@ def photograph(config: Path) -> tuple[Image.Image, str]:
 def look(config: Path, path: Path) -> tuple[dict[str, Any], list[Image.Image]]:
     """What the LoRA is worth, and the photograph, its round trip and the samples."""
     picture, caption = photograph(config)
-    base = Base(inspect_base("ckpt/miniature"))
+    merged = (str(path), read_any(path)[0].modules, 1.0)
+    base = Base(inspect_base("ckpt/miniature"), merged=(merged,))
     latent = encode_picture(base, picture)
     round_trip = decode_picture(base, latent[0])
     states = base.text_encoder(base.tokenize([caption, ""]))[0]
-    load_lora(path, base.unet, adapter_name="fitted")
     options: Any = {"seeds": range(NOISES), "shape": picture.size, "steps": STEPS}
     samples = sample_images(base, states[:1], states[1:], guidance_scale=GUIDANCE_SCALE, **options)
     denoiser, rows = Denoiser(base.unet, base.noise_schedule()), Rows.plain(states[:1], states[1:])
