@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def order(self) -> dict[str, Any]:
-        """Arguments of order.sample_order but for the seed."""
+        """Arguments of order.SampleOrder but for the seed."""
         whole = self.steps * self.total_batch
         full = holds_steps(self.shapes, self.repeats, self.total_batch)
         return {
