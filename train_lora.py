@@ -68,7 +68,7 @@ def train(
     from lorakit.training.watch import Metrics, validation_loss
 
     # -- processes, and the frozen base
-    accelerator = start_processes(cfg, plan, decisions.trackers(cfg))
+    accelerator = start_processes(cfg, plan, decisions.trackers(cfg), resume)
     main = accelerator.is_main_process
     say = tqdm.write if main else str
     dtype = compute_dtype(accelerator.mixed_precision)

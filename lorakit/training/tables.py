@@ -12,6 +12,11 @@ from lorakit.pictures.wording import with_repeats, with_wording
 from lorakit.training.motion_config import read_films
 
 
+def cache_dir(cfg: Any) -> Path:
+    """The folder of a config's caches."""
+    return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
+
+
 def folder_options(cfg: Any) -> dict[str, Any]:
     """What `read_folder` is given of a config."""
     keys = (
@@ -24,7 +29,8 @@ def folder_options(cfg: Any) -> dict[str, Any]:
         "max_image_pixels",
         "max_aspect",
     )
-    return {key: getattr(cfg, key) for key in keys} | {"masks": cfg.masked_loss == "beside"}
+    more = {"masks": cfg.masked_loss == "beside", "remember_in": cache_dir(cfg) / "seen"}
+    return {key: getattr(cfg, key) for key in keys} | more
 
 
 def read_table(cfg: Any) -> Table:

@@ -10,9 +10,10 @@ from lorakit.diffusion.lora import add_lora
 from lorakit.diffusion.models import Base
 from lorakit.ground.config import load_config
 from lorakit.ground.process import launched_processes
+from lorakit.ground.shards import Shards
 from lorakit.training.config import TrainConfig
-from lorakit.training.forecast import activation_bytes, describe_plan, lora_parameters
-from lorakit.training.plan import make_plan
+from lorakit.training.forecast import activation_bytes, cache_bytes, describe_plan, lora_parameters
+from lorakit.training.plan import make_plan, training_views
 from lorakit.weights.base import inspect_base
 
 
@@ -87,6 +88,21 @@ def test_the_cache_line_counts_what_is_there(trained, settings):
     trained(max_train_steps=1)
     cfg = config_of(settings())
     assert "4 of 4 latents" in describe_plan(cfg, make_plan(cfg))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_size_of_the_cache_is_told(trained, settings, tmp_path, dtype):
+    changes = {"cache_dtype": dtype, "random_flip": True, "resolution": 64, "sample_prompts": []}
+    cfg = config_of(settings(**changes))
+    plan = make_plan(cfg)
+    views = [view for row in training_views(cfg, plan) for view in row]
+    told = cache_bytes(cfg, plan, [view.shape for view in views])
+    trained(**changes, max_train_steps=1)
+    for kind, size in zip(("latents", "text"), told, strict=True):
+        cache = Shards(tmp_path / "cache" / kind)
+        held = sum(len(cache.read(name) or b"") for name in cache.names)
+        assert size < held < size + 150 * len(cache.names)
+    assert f"the cache of all takes {told[0] / 1e6:.1f} MB" in describe_plan(cfg, plan)
 
 
 def test_buckets_are_shown(settings):
