@@ -3,6 +3,7 @@
 Of many pictures it is remembered, so that the next start need not read them all again.
 """
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -11,13 +12,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorakit.ground.errors import OutputError
 from lorakit.ground.shards import Shards
 from lorakit.pictures.captions import Item
 from lorakit.pictures.images import ImageError, image_size, load_image
-from lorakit.pictures.tars import Member
 
 MANY = 1000
 """Pictures from which on it is remembered what was seen of them."""
@@ -44,33 +44,40 @@ class Seen(NamedTuple):
     transparent: float  # share of pixels
 
 
-class Remembered:
-    """What was seen of files whose path, number, size and times are still the same; of none without a folder.
+def file_marks(path: str) -> tuple[object, ...] | None:
+    """What is another one when a file is: path, number, size and both times; None where one cannot tell.
 
-    A file that was changed a moment ago is not remembered, since its next change may have the same times.
+    So it is with a file that was changed a moment ago, since its next change may have the same times.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    times = found.st_mtime_ns, found.st_ctime_ns
+    if max(times) > time.time_ns() - _SETTLED:
+        return None
+    return found.st_ino, found.st_size, *times, os.path.join(os.getcwd(), path)
+
+
+class Remembered:
+    """What was seen of pictures whose marks are still the same; of none without a folder.
+
+    Sources that are neither paths nor bytes may tell theirs by a method `marks`.
     """
 
     def __init__(self, folder: Path | None):
-        self.shards = Shards(folder) if folder else None
-        self.here, self.now = os.getcwd(), time.time_ns()
+        self.shards, self.writable = Shards(folder) if folder else None, True
 
-    def name(self, source: object, whole: bool) -> bytes | None:
+    def name(self, source: Any, whole: bool) -> bytes | None:
         """Of what is seen of a picture, decoded whole or not; None for what is not remembered."""
-        if isinstance(source, Member):
-            path, place = source.archive, (source.start, source.size)
-        else:
-            path, place = source, ()
-        if self.shards is None or not isinstance(path, str):
+        if self.shards is None:
             return None
-        try:
-            found = os.stat(path)
-        except OSError:
+        own = getattr(source, "marks", lambda: None)
+        marks = file_marks(source) if isinstance(source, str) else own()
+        if marks is None:
             return None
-        times = found.st_mtime_ns, found.st_ctime_ns
-        if max(times) > self.now - _SETTLED:
-            return None
-        parts = _VERSION, whole, found.st_ino, found.st_size, *times, *place, os.path.join(self.here, path)
-        return hashlib.sha256("/".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()[:20]
+        text = "/".join(map(str, (_VERSION, whole, *marks)))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:20]
 
     def recall(self, name: bytes | None) -> Seen | None:
         data = self.shards.read(name) if self.shards and name else None
@@ -80,19 +87,17 @@ class Remembered:
         return Seen(sha256.hex(), *others)
 
     def keep(self, name: bytes | None, seen: Seen | ImageError) -> None:
-        if self.shards is None or name is None or isinstance(seen, ImageError):
+        if self.shards is None or name is None or isinstance(seen, ImageError) or not self.writable:
             return
         try:
             self.shards.write(name, _SEEN.pack(bytes.fromhex(seen.sha256), *seen[1:]))
-        except OutputError:  # a full or read-only disk: it is looked at again next time
-            self.shards = None
+        except (OutputError, OSError):  # a full or read-only disk: it is looked at again next time
+            self.writable = False
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OutputError, OSError):
             if self.shards:
                 self.shards.seal()
-        except OutputError:
-            pass
 
 
 def inspect_pictures(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lorakit.pictures.caption_rules import class_of
 from lorakit.pictures.captions import SKIP_OR_EMPTY, Fault, Item, listing
+from lorakit.pictures.inspection import file_marks
 from lorakit.pictures.names import is_unicode
 
 _AGAIN = "copy or download it again, or write it to its end"
@@ -30,6 +31,10 @@ class Member(NamedTuple):
         with open(self.archive, "rb", buffering=0) as file:
             file.seek(self.start)
             return file.read(self.size)
+
+    def marks(self) -> tuple[object, ...] | None:
+        marks = file_marks(self.archive)
+        return marks and (*marks, self.start, self.size)
 
 
 class TarReader:
@@ -98,9 +103,9 @@ class TarReader:
 
     def _members(self, path: Path, file: Any) -> Iterator[tarfile.TarInfo]:
         """The files of a tar file; what is cut short or damaged is a fault behind those before it."""
-        end, archive = os.fstat(file.fileno()).st_size, None
+        end = os.fstat(file.fileno()).st_size
         try:
-            archive = tarfile.open(fileobj=file, mode="r:")
+            archive: Any = tarfile.open(fileobj=file, mode="r:")
             while (member := archive.next()) is not None:
                 archive.members.clear()  # a million of them would take a gigabyte
                 if member.isfile() and not PurePosixPath(member.name).name.startswith("."):

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -78,9 +78,8 @@ def count_showings(
         last = np.bincount(epochs.rows(whole)[:rest], minlength=len(buckets))
         return whole * np.array(repeats) // math.gcd(*repeats) + last
     counts = np.zeros(len(buckets), dtype=np.int64)
-    turns = _Turns(groups)
-    for group, own in zip(groups, turns.taken_before(steps), strict=True):
-        whole, rest = divmod(int(own) * total_batch, len(group))
+    for group, own in zip(groups, _turns_taken(tuple(map(len, groups)), steps), strict=True):
+        whole, rest = divmod(own * total_batch, len(group))
         counts[group] = whole + (np.arange(len(group)) < rest)
     return counts
 
@@ -134,7 +133,7 @@ def bucket_steps(seed: int, buckets: Sequence, total_batch: int) -> Callable[[in
 
     groups = _groups(buckets)
     chains = [_Chain(len(group), partial(shuffled, number)) for number, group in enumerate(groups)]
-    turns = _Turns(groups)
+    turns = _Turns([len(group) for group in groups])
 
     def rows(step: int) -> np.ndarray:
         turn = turns.at(step)
@@ -149,12 +148,8 @@ class _Turns:
     `taken` are the steps that each bucket had before number `step`.
     """
 
-    def __init__(self, groups: Sequence[np.ndarray]):
-        sizes = np.array([len(group) for group in groups])
-        self.share, self.step, self.taken = sizes / sizes.sum(), 0, np.zeros(len(groups))
-
-    def _next(self) -> int:
-        return int((self.share * (self.step + 1) - self.taken).argmax())
+    def __init__(self, sizes: Sequence[int]):
+        self.share, self.step, self.taken = np.array(sizes) / sum(sizes), 0, np.zeros(len(sizes))
 
     def taken_before(self, step: int) -> np.ndarray:
         """Go to a step; going back begins at the first one."""
@@ -162,14 +157,21 @@ class _Turns:
             self.step, self.taken = 0, np.zeros(len(self.share))
         if len(self.share) == 1:
             self.step, self.taken[0] = step, step
-        while self.step < step:
-            self.taken[self._next()] += 1
-            self.step += 1
-        return self.taken
+        share, taken = self.share, self.taken
+        for done in range(self.step, step):
+            taken[(share * (done + 1) - taken).argmax()] += 1
+        self.step = step
+        return taken
 
     def at(self, step: int) -> int:
-        self.taken_before(step)
-        return self._next()
+        taken = self.taken_before(step)
+        return int((self.share * (step + 1) - taken).argmax())
+
+
+@lru_cache(8)
+def _turns_taken(sizes: tuple[int, ...], steps: int) -> list[int]:
+    """The steps of each bucket in a run; a plan asks several times, and a million steps take seconds."""
+    return _Turns(sizes).taken_before(steps).astype(int).tolist()
 
 
 # ---- steps cut from epochs ----

@@ -177,7 +177,7 @@ def _shares(accelerator) -> list[tuple[slice, bool]]:
     lacks still.
     """
     processes, rank = accelerator.num_processes, accelerator.process_index
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
     shares = [(slice(rank, None, processes), True)]
     if here < processes:
         shares.append((slice(accelerator.local_process_index, None, here), True))

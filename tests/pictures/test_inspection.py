@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from test_folder import add, captions, faults, picture
 
+from lorakit.ground.errors import OutputError
 from lorakit.ground.shards import Shards
 from lorakit.pictures import inspection
 from lorakit.pictures.folder import read_folder
@@ -112,6 +113,19 @@ def test_a_check_that_was_stopped_goes_on_where_it_was(root, looked_at, monkeypa
 def test_a_folder_that_takes_nothing_costs_time_alone(root):
     (root.parent / "seen").write_text("a file in place of the folder")
     assert read(root) == read_folder(root)
+
+
+def test_what_is_remembered_is_read_though_nothing_more_can_be_written(root, looked_at, monkeypatch):
+    read(root)
+    add(root, "0.png", picture(9))
+    looked_at.clear()
+
+    def full(*_):
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(Shards, "write", full)
+    assert read(root) == read_folder(root)
+    assert looked_at[:2] == ["0.png", "0.png"] and len(looked_at) == 1 + COUNT  # the second reads all
 
 
 @pytest.mark.parametrize("content", [b"", bytes(3), bytes(48 + 1)])

@@ -1,5 +1,8 @@
 """What a plan says, against what then happens."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -112,8 +115,6 @@ def test_buckets_are_shown(settings):
 
 
 def test_long_captions_are_shown_with_what_is_lost(settings, pictures, tmp_path):
-    import shutil
-
     folder = shutil.copytree(pictures, tmp_path / "long")
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("mountains 0", "a photo of mountains " * 20 + "meadow"))
@@ -152,3 +153,43 @@ def test_pictures_of_a_dataset_stay_on_the_disk(tmp_path):
     size = sum(map(len, contents))
     assert size > 7e6 and kept < 0.1 * size and peak < 0.5 * size and held > size
     assert table.rows[7].caption == "7" and len(table.rows) == 40
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_pictures_of_a_dataset_are_looked_at_once_unless_they_lie_beside_it(
+    pictures, tmp_path, monkeypatch, embedded
+):
+    import datasets
+
+    from lorakit.pictures import inspection
+    from lorakit.training.tables import read_table
+
+    def save(numbers):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        images, texts = [pictures / f"{number}.png" for number in numbers], list(map(str, numbers))
+        if embedded:
+            records = {"image": [Image.open(path) for path in images], "text": texts}
+            datasets.Dataset.from_dict(records).save_to_disk(str(tmp_path / "data"))
+            return
+        (tmp_path / "data").mkdir()
+        for path, text in zip(images, texts, strict=True):
+            shutil.copy(path, tmp_path / "data")
+            with open(tmp_path / "data/metadata.jsonl", "a") as file:
+                print(json.dumps({"file_name": path.name, "text": text}), file=file)
+
+    def read():
+        looked_at.clear()
+        where = {"dataset_name": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache")}
+        return read_table(TrainConfig(ckpt_name="x", n_epochs=1, **where))
+
+    looked_at, real = [], inspection._inspected
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setattr(inspection, "MANY", 1)
+    monkeypatch.setattr(inspection, "_SETTLED", 0)
+    monkeypatch.setattr(inspection, "_inspected", lambda *args: looked_at.append(args) or real(*args))
+    save([0, 1, 2])
+    first = read()
+    assert len(looked_at) == 3
+    assert read().fingerprint == first.fingerprint and len(looked_at) == (0 if embedded else 3)
+    save([0, 3, 2])
+    assert read().fingerprint != first.fingerprint and len(looked_at) == 3
