@@ -10,7 +10,6 @@ import io
 import json
 import re
 import resource
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -79,7 +78,7 @@ def build(setup: Setup, size: Size) -> dict[str, Any]:
     import torch
     from diffusers import __version__ as diffusers_version
 
-    from benchmarks.train import build_sd15
+    from benchmarks.sd15_shape import build_sd15
 
     base, staging = Path(base_of(setup)), Path(f"{base_of(setup)}.tmp")
     if not base.exists():
@@ -229,17 +228,10 @@ def bare(setup: Setup, size: Size, batch: int) -> dict[str, Any]:
 
 
 def peer(setup: Setup, size: Size, batch: int) -> dict[str, Any]:
-    """diffusers' example on the same base and pictures, from one backward pass to the next."""
-    from accelerate import Accelerator
+    """diffusers' example on the same base and pictures."""
+    from benchmarks.train import peer_steps
 
     assert setup.peer is not None
-    backward, marks = Accelerator.backward, []
-
-    def marked(self, *args: Any, **kwargs: Any) -> None:
-        backward(self, *args, **kwargs)
-        marks.append(time.perf_counter())
-
-    Accelerator.backward = marked
     options = {
         "pretrained_model_name_or_path": base_of(setup),
         "train_data_dir": pictures_of(setup),
@@ -254,10 +246,7 @@ def peer(setup: Setup, size: Size, batch: int) -> dict[str, Any]:
         "seed": 0,
         "output_dir": Path(setup.folder) / "runs" / f"peer_{batch}",
     }
-    sys.argv = [setup.peer, *(f"--{key}={value}" for key, value in options.items())]
-    runpy.run_path(setup.peer, run_name="__main__")
-    gaps = [b - a for a, b in zip(marks, marks[1:], strict=False)]
-    seconds = statistics.median(gaps[size.steps // 6 :])
+    seconds = statistics.median(peer_steps(setup.peer, options)[size.steps // 6 :])
     return figures("step", batch, seconds, precision(), flops_of(setup)["step"])
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/morph.py                                  # the miniature, 16 frames, 50 steps, 3 rounds
     python benchmarks/morph.py --frames 4 --steps 6 --rounds 1  # a quick look
+    python benchmarks/morph.py --ways lorakit shipped           # these alone
     python benchmarks/morph.py --shape sd15                     # SD 1.5's shape, random weights: costs only
 
-Five ways make the same morph in turns, each in a process of its own, over several rounds. All invert each
+Six ways make the same morph in turns, each in a process of its own, over several rounds. All invert each
 picture by DDIM under its own LoRA (the tutorial's script takes one LoRA for both, which costs the same and
 would show it worse than need be), interpolate the prompts, and use one VAE, one DDIM and one dtype:
   tutorial         a loop over frames: LoRA weights, slerp of the noise, DDIM at guidance 1, nothing else
@@ -14,7 +15,8 @@ would show it worse than need be), interpolate the prompts, and use one VAE, one
   diffmorpher      its equations (arXiv 2312.07409): LoRA factors lerped and reloaded for each frame, inputs
                    of self-attention kept in float32 for every step, two passes over all frames. On DDIM, as
                    the paper has it; PNDM, on which its program runs, takes one evaluation in 50 more
-  lorakit          morph.py's functions with its defaults
+  lorakit          morph.py's functions with its defaults, by ddim as the others
+  shipped          the same by the solver and the fewer steps of cfg/morph/mountain.json
 Timed is all from pictures to decoded frames; not imports, loading and a first evaluation. Writes a contact
 sheet of all frames to out/benchmark/morph.png; prints a table and, last, one JSON line: medians, ratios round
 by round, peak memory, stored attention, the frames' metrics, and which goals are met.
@@ -136,6 +138,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="both pictures included (16; sd15: 4)")
     parser.add_argument("--steps", type=int, help="of DDIM (50; sd15: 4)")
     parser.add_argument("--rounds", type=int, help="how often each way runs (3; sd15: 1)")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), help="of them, lorakit (all)")
     parser.add_argument("--images", nargs=2, type=Path, default=IMAGES, help="two pictures (the mountains)")
     parser.add_argument("--prompts", nargs=2, default=PROMPTS, help="what they show")
     parser.add_argument("--loras", nargs=2, type=Path, help="fitted to them (ckpt/mountain…, or random ones)")
@@ -151,6 +154,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             setattr(args, name, value)
     if args.frames < 3 or args.steps < 2 or args.rounds < 1:
         parser.error("at least 3 frames, 2 steps and 1 round are needed")
+    args.ways = [way for way in WAYS if way in (args.ways or WAYS) or way == "lorakit"]
     if args.loras and args.loras[0] == args.loras[1]:
         parser.error("--loras: two files are needed, one for each picture")
     return args
@@ -170,9 +174,9 @@ def main(argv: list[str]) -> None:
             note = None if loras else "random LoRAs, on whose values time and memory do not depend"
             base, loras = made["base"], made["loras"]
         given = [f"--base={base}", "--loras", *loras]
-        results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        results: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
         for number in range(args.rounds):
-            for way in WAYS:
+            for way in args.ways:
                 to = [] if number else [f"--frames-to={folder}"]
                 results[way].append(in_process(argv, [*given, f"--one={way}", *to]))
                 seconds = results[way][-1]["seconds"]

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from benchmarks.train import build_sd15
+from benchmarks.sd15_shape import build_sd15
 from lorakit.diffusion import lora
 from lorakit.diffusion.models import Base, compute_dtype, resolve_precision, set_up_backend
 from lorakit.film import endpoints

@@ -1,6 +1,7 @@
-"""Five ways to make one morph, each as its source has it; see benchmarks/morph.py."""
+"""Six ways to make one morph, each as its source has it; see benchmarks/morph.py."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from lorakit.ground.chunks import Chunks
 from lorakit.ground.errors import UserError
 from lorakit.pictures.images import read_picture, to_array
 from lorakit.weights.lora_file import LoraPair
+
+SHIPPED = Path(__file__).resolve().parents[1] / "cfg/morph/mountain.json"
 
 
 def even_alphas(count: int) -> list[float]:
@@ -323,10 +326,21 @@ def lorakit(setup: Setup) -> Film:
     return Film(frames, positions, shared.stored_bytes(), base.dtype.itemsize)
 
 
+def shipped(setup: Setup) -> Film:
+    """The same by ab2, in as small a share of the steps as cfg/morph/mountain.json takes of ddim's fifty."""
+    kept = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    steps = max(2, round(setup.cfg.num_inference_steps * kept["num_inference_steps"] / 50))
+    fewer = {"solver": kept["solver"], "num_inference_steps": steps}
+    fewer["probe_steps"] = min(steps, setup.cfg.probe_steps)
+    setup.cfg = setup.cfg.model_copy(update=fewer)
+    return lorakit(setup)
+
+
 WAYS: dict[str, Callable[[Setup], Film]] = {
     "tutorial": tutorial,
     "features-stored": lambda setup: features(setup, rerun=False),
     "features-rerun": lambda setup: features(setup, rerun=True),
     "diffmorpher": diffmorpher,
     "lorakit": lorakit,
+    "shipped": shipped,
 }

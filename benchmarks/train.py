@@ -2,104 +2,39 @@
 
     python benchmarks/train.py                              # the miniature, on the CPU: about three minutes
     python benchmarks/train.py --shape sd15 --steps 100     # SD 1.5's shape, random weights, no download
+    python benchmarks/train.py --peer DIFFUSERS/examples/text_to_image/train_text_to_image_lora.py
 
-Three ways take turns, each in a process of its own, over several rounds:
+Ways take turns, each in a process of its own, over several rounds:
   bare      forward, backward and optimizer of the same U-Net and LoRA on tensors that never change: the limit
   ours      train_lora.train as users run it
   uncached  VAE and text encoder in every step, and a DataLoader worker per epoch, as tutorials do it
+  peer      diffusers' own example, from a checkout, on the same base and picture
 Prints a table and, last, one JSON line: median seconds per step, peak memory, and ratios round by round.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.sd15_shape import build_sd15  # noqa: E402
+
 WAYS = ("bare", "ours", "uncached")
 PHOTO = ROOT / "dataset" / "mountain" / "mountain.jpg"
 CAPTION = "a photo of rocky mountains at noon with a forest"
-
-SD15_UNET: dict[str, Any] = dict(
-    sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
-)
-SD15_VAE: dict[str, Any] = dict(
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    latent_channels=4,
-    sample_size=512,
-)
-SD15_TEXT: dict[str, Any] = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    max_position_embeddings=77,
-    vocab_size=49408,
-    bos_token_id=197,
-    eos_token_id=198,
-    pad_token_id=198,
-)
-
-
-def build_sd15(folder: Path, divisor: int = 1, side: int = 512, device: str = "cpu") -> None:
-    """A base of Stable Diffusion 1.5's shape: random weights in half precision, the miniature's tokenizer.
-
-    Args:
-        divisor: what its widths are divided by; the U-Net's and the VAE's stay multiples of 32.
-        side: pixels, its resolution.
-        device: where weights are drawn; a GPU takes seconds of what a CPU takes.
-    """
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    def narrowed(channels: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(max(32, round(count / divisor / 32) * 32) for count in channels)
-
-    unet: dict[str, Any] = SD15_UNET | {"sample_size": side // 8, "cross_attention_dim": text_width(divisor)}
-    unet["block_out_channels"] = narrowed(unet["block_out_channels"])
-    vae: dict[str, Any] = SD15_VAE | {
-        "sample_size": side,
-        "block_out_channels": narrowed(SD15_VAE["block_out_channels"]),
-    }
-    text: dict[str, Any] = SD15_TEXT | {
-        "hidden_size": text_width(divisor),
-        "intermediate_size": 4 * text_width(divisor),
-    }
-    tokenizer = CLIPTokenizer.from_pretrained(
-        ROOT / "ckpt/miniature", subfolder="tokenizer", model_max_length=77
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        models = {
-            "vae": AutoencoderKL(**vae),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
-            "unet": UNet2DConditionModel(**unet),
-        }
-    parts: dict[str, Any] = models | {
-        "tokenizer": tokenizer,
-        "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipe.to(torch.float16).save_pretrained(folder)
-
-
-def text_width(divisor: int) -> int:
-    """Of SD 1.5's text divided by `divisor`, for twelve heads."""
-    return max(12, round(SD15_TEXT["hidden_size"] / divisor / 12) * 12)
 
 
 def settings(args: argparse.Namespace, folder: str) -> list[str]:
@@ -246,11 +181,45 @@ def time_uncached(args: argparse.Namespace) -> list[float]:
     return timed_blocks(args, accelerator, step)
 
 
+def peer_steps(script: str, options: Mapping[str, Any]) -> list[float]:
+    """Seconds from one backward pass of diffusers' example to the next; it is run in this process."""
+    from accelerate import Accelerator
+
+    backward, marks = Accelerator.backward, []
+
+    def marked(self, *args: Any, **kwargs: Any) -> None:
+        backward(self, *args, **kwargs)
+        marks.append(time.perf_counter())
+
+    Accelerator.backward = marked
+    sys.argv = [script, *(f"--{key}={value}" for key, value in options.items())]
+    runpy.run_path(script, run_name="__main__")
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def time_peer(args: argparse.Namespace) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "pretrained_model_name_or_path": args.base,
+            "train_data_dir": PHOTO.parent,
+            "resolution": 128 if args.shape == "miniature" else 512,
+            "max_train_steps": args.steps + 1,
+            "mixed_precision": "no" if args.precision == "auto" else args.precision,
+            "rank": 8,
+            "checkpointing_steps": 1_000_000,
+            "seed": 0,
+            "cache_dir": f"{folder}/cache",
+            "output_dir": f"{folder}/run",
+        }
+        return peer_steps(args.peer, options)[block(args) - 1 :]
+
+
 def run_one(args: argparse.Namespace) -> None:
     """One way in this process: median seconds per step after a first block of warm-up, and peak memory."""
     import torch
 
-    seconds = {"bare": time_bare, "ours": time_ours, "uncached": time_uncached}[args.one](args)
+    ways = {"bare": time_bare, "ours": time_ours, "uncached": time_uncached, "peer": time_peer}
+    seconds = ways[args.one](args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
@@ -273,7 +242,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps per way and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("auto", "no", "fp16", "bf16"), default="auto")
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peer", help="train_text_to_image_lora.py of a checkout of diffusers, as one way more"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--base", default=str(ROOT / "ckpt/miniature"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -283,10 +255,11 @@ def main() -> None:
             args.base = f"{folder}/sd15"
             build_sd15(Path(args.base))
         first = {"cold caches": one_step_run(args, folder), "warm caches": one_step_run(args, folder)}
-        results = {way: [] for way in WAYS}
+        results = {way: [] for way in (*WAYS, *(["peer"] if args.peer else []))}
         for _ in range(args.rounds):
-            for way in WAYS:
+            for way in results:
                 command = [sys.executable, __file__, f"--one={way}", f"--shape={args.shape}"]
+                command += [f"--peer={args.peer}"] if args.peer else []
                 command += [f"--steps={args.steps}", f"--precision={args.precision}", f"--base={args.base}"]
                 out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
                 results[way].append(json.loads(out.splitlines()[-1]))
@@ -307,7 +280,7 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]], first: dict
         "steps": args.steps,
     }
     print(f"{args.shape} on {device}, batch 1, {args.steps} steps, median of {args.rounds} rounds")
-    for way in WAYS:
+    for way in results:
         seconds = statistics.median(r["seconds"] for r in results[way])
         peak = max(r["peak_bytes"] for r in results[way]) / 1e6
         pairs = zip(results[way], results["bare"], strict=True)
@@ -318,6 +291,10 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]], first: dict
             "peak_mb": round(peak),
             "ratio_to_bare": round(ratio, 3),
         }
+        if args.peer:
+            beside = zip(results[way], results["peer"], strict=True)
+            ratio_to_peer = statistics.median(r["seconds"] / p["seconds"] for r, p in beside)
+            summary[way]["ratio_to_peer"] = round(ratio_to_peer, 3)
         speed = f"{seconds * 1e3:8.1f} ms/step {1 / seconds:7.2f} images/s"
         print(f"  {way:9s} {speed} {peak:7.0f} MB  x{ratio:.2f}")
     summary["one_step_run_s"] = {name: round(seconds, 2) for name, seconds in first.items()}
