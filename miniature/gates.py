@@ -139,7 +139,7 @@ def inversion_figures(base: Base, size: int, count: int) -> dict[str, Any]:
 
 
 def lora_figures(base_folder: str, size: int, folder: Path) -> dict[str, Any]:
-    """A LoRA of 200 steps for each photograph: inversion with it, milliseconds a step, peak memory in MB."""
+    """The demo's LoRA for each photograph: inversion with it, milliseconds a step, peak memory in MB."""
     pair, captions = photographs(size)
     figures: dict[str, Any] = {"inversion": [], "step_ms": []}
     options = ["overwrite=true", "report_to=null", "sample_steps=0", "validation_steps=0"]

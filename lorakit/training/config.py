@@ -103,6 +103,7 @@ class TrainConfig(Config):
     textual_inversion: WordSettings | None = Field(None, description="of the objective textual_inversion, which learns new words, alone or with a LoRA: words, vectors, learning_rate, bundle")
     lcm: LcmSettings | None = Field(None, description="of the objective lcm, sampling in few steps: guidance_scale, solver_steps, huber, num_inference_steps, teacher_loras")
     motion: MotionSettings | None = Field(None, description="of the objective motion, a LoRA on a motion adapter's attention, for films: motion_adapter, camera or clips_dir, frames, frame_stride, takes, enlarge, carried, most_weight, beta_schedule")
+    timestep_bias: float = Field(0.0, gt=-1, le=8, description="the density of timesteps goes by this power of them: 0 draws all alike, 2 dwells on the noisy ones, where the layout of a picture is decided, below 0 on those of its texture")
     noise_offset: float = Field(0.0, ge=0, description="constant per channel added to the noise, for very dark or bright pictures; biases exact reconstruction")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (Hang et al. 2023), 5 in the paper; null: off")
 

@@ -21,12 +21,13 @@ class Augmentation:
 
     `noise_offset` is Guttenberg's (2023): a constant per channel added to the noise; `caption_dropout` the
     share of samples shown without their caption, for guidance; `unmasked_weight` the weight of the loss where
-    a mask is black.
+    a mask is black. Timestep t has a density that goes by t ** `timestep_bias`.
     """
 
     noise_offset: float = 0.0
     caption_dropout: float = 0.0
     unmasked_weight: float = 0.0
+    timestep_bias: float = 0.0
 
 
 class TrainingData:
@@ -126,7 +127,11 @@ class TrainingData:
         return captions[randomness.integer(len(captions), self.seed, "caption", position)]
 
     def _timestep(self, position: int) -> int:
-        return randomness.integer(self.num_timesteps, self.seed, "timestep", position)
+        bias = self.augmentation.timestep_bias
+        if not bias:
+            return randomness.integer(self.num_timesteps, self.seed, "timestep", position)
+        share = randomness.uniform(self.seed, "timestep", position) ** (1 / (1 + bias))
+        return min(int(share * self.num_timesteps), self.num_timesteps - 1)
 
     def describe(self, rows: Sequence[int] | np.ndarray, positions: Sequence[int]) -> str:
         """The samples in words, for the message of a run that diverged."""

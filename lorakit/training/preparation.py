@@ -159,7 +159,9 @@ def _cached(
         base,
         text_states=states,
         token_ids=ids,
-        augmentation=Augmentation(cfg.noise_offset, cfg.caption_dropout, cfg.unmasked_weight),
+        augmentation=Augmentation(
+            cfg.noise_offset, cfg.caption_dropout, cfg.unmasked_weight, cfg.timestep_bias
+        ),
         num_timesteps=base.scheduler.config.num_train_timesteps,
         seed=cfg.seed,
         masks=Cache(masks, NumberedNames(mask_entry(view, *masking) for view in views), base.device)

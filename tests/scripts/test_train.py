@@ -137,6 +137,7 @@ VARIANTS = {
         crop="random",
         caption_dropout=0.3,
         noise_offset=0.1,
+        timestep_bias=2.0,
         lora_dropout=0.2,
         snr_gamma=5.0,
         train_text_encoder=True,
@@ -164,6 +165,11 @@ def test_a_run_stopped_at_any_step_and_resumed_equals_a_straight_run(trained, se
 
 def test_another_seed_is_another_run(trained, tmp_path):
     assert sha(trained()) != sha(trained(seed=1, output_dir=str(tmp_path / "other")))
+
+
+def test_another_bias_of_timesteps_is_another_run(trained, tmp_path):
+    paths = [trained(timestep_bias=bias, output_dir=str(tmp_path / f"{bias}")) for bias in (0.0, 2.0)]
+    assert sha(paths[0]) != sha(paths[1])
 
 
 def test_samples_validation_logging_and_saving_do_not_touch_the_training(trained, tmp_path):

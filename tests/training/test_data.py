@@ -228,6 +228,26 @@ def test_noise_offset_moves_whole_channels(make_data):
     assert abs(offset.mean(dim=(2, 3)).std() - 0.5) < 0.08
 
 
+@pytest.mark.parametrize("bias", [-0.5, 0.0, 2.0])
+def test_timesteps_have_the_density_that_their_bias_says(make_data, bias):
+    data = make_data(Augmentation(timestep_bias=bias))
+    steps = torch.tensor([data._timestep(position) for position in range(4000)])
+    assert 0 <= int(steps.min()) and int(steps.max()) < data.num_timesteps
+    for share in (0.25, 0.5, 0.75):  # below t lie t^(bias + 1) of them
+        below = float((steps < share * data.num_timesteps).double().mean())
+        assert abs(below - share ** (bias + 1)) < 0.03, share
+
+
+def test_a_bias_of_timesteps_moves_nothing_else_and_not_the_validation(make_data):
+    plain, biased = make_data(), make_data(Augmentation(timestep_bias=2.0))
+    ours, theirs = plain.batch([0] * 8, range(8)), biased.batch([0] * 8, range(8))
+    assert torch.equal(ours.noise, theirs.noise) and torch.equal(ours.latents, theirs.latents)
+    assert not torch.equal(ours.timesteps, theirs.timesteps)
+    assert torch.equal(plain.fixed_batch(0, 8).timesteps, biased.fixed_batch(0, 8).timesteps)
+    again = make_data(Augmentation(timestep_bias=2.0)).batch([0, 0], [6, 7])
+    assert torch.equal(again.timesteps, theirs.timesteps[6:])  # of its place in the run alone
+
+
 def test_caption_dropout_drops_its_share(make_data):
     data = make_data(Augmentation(caption_dropout=0.25))
     dropped = sum(data._prompt(0, position) == "" for position in range(2000))
