@@ -129,7 +129,7 @@ class InversionPipeline(StableDiffusionPipeline):
             image: a path, a PIL picture, or a tensor (3, H, W) in [-1, 1]; or several of them, also as one
                 tensor (B, 3, H, W).
             prompt: one for all, or one each.
-            n_steps: of DDIM.
+            n_steps: of DDIM, or of ab2.
             method: see lorakit/diffusion/inversion.py.
             iterations: of fixed_point at most (default 3); of null_text's updates at most (default 10).
             adapter_weights: {adapter: weight} for all, or one mapping each; a picture is inverted under these
@@ -144,7 +144,7 @@ class InversionPipeline(StableDiffusionPipeline):
         latents = [self.encode_image(picture, width, height) for picture in pictures]
         adapters = self._adapters(weights)
         rows = [self._encode(p, negative_prompt, adapters, w) for p, w in zip(prompts, weights, strict=True)]
-        grid = self._schedule().grid(n_steps)
+        grid = self._schedule().grid(n_steps, "ab2" if method == "ab2" else "ddim")
         found: dict[int, Inversion] = {}
         for shape in dict.fromkeys(x.shape for x in latents):  # pictures of one size share a batch
             members = [i for i, x in enumerate(latents) if x.shape == shape]

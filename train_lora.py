@@ -60,7 +60,7 @@ def train(
     from lorakit.ground import randomness
     from lorakit.training import decisions, saving
     from lorakit.training.objectives import make_objective
-    from lorakit.training.order import sample_order, split_step
+    from lorakit.training.order import SampleOrder, split_step
     from lorakit.training.page import write_page
     from lorakit.training.preparation import prepare
     from lorakit.training.setup import Learner, start_processes
@@ -68,7 +68,7 @@ def train(
     from lorakit.training.watch import Metrics, validation_loss
 
     # -- processes, and the frozen base
-    accelerator = start_processes(cfg, plan, decisions.trackers(cfg))
+    accelerator = start_processes(cfg, plan, decisions.trackers(cfg), resume)
     main = accelerator.is_main_process
     say = tqdm.write if main else str
     dtype = compute_dtype(accelerator.mixed_precision)
@@ -87,7 +87,7 @@ def train(
 
         # -- data: latents and text states, from the caches
         data, validation, sheet = prepare(cfg, plan, base, accelerator, run, stop_early)
-        order = sample_order(cfg.seed, **plan.order)
+        order = SampleOrder(cfg.seed, **plan.order)
 
         # -- the LoRA in the base, and its optimizer
         learner = Learner(cfg, base, accelerator, plan.steps)

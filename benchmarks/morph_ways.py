@@ -330,7 +330,7 @@ def shipped(setup: Setup) -> Film:
     """The same by ab2, in as small a share of the steps as cfg/morph/mountain.json takes of ddim's fifty."""
     kept = json.loads(SHIPPED.read_text(encoding="utf-8"))
     steps = max(2, round(setup.cfg.num_inference_steps * kept["num_inference_steps"] / 50))
-    fewer = {"solver": kept["solver"], "num_inference_steps": steps}
+    fewer = {"num_inference_steps": steps} | {key: kept[key] for key in ("solver", "inversion_method")}
     fewer["probe_steps"] = min(steps, setup.cfg.probe_steps)
     setup.cfg = setup.cfg.model_copy(update=fewer)
     return lorakit(setup)

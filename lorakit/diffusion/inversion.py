@@ -1,10 +1,11 @@
-"""From a picture's latents to the noise that leads back to them, by five methods.
+"""From a picture's latents to the noise that leads back to them, by six methods.
 
 Everything runs on a Grid of nodes 0 (noise) … n (picture) and a `Predict`, so that it is the same for the
 pipeline, for morphs, and for tests on an analytic denoiser. Latents are (B, C, h, w).
 
 ddim         DDIM backwards (Song et al. 2021, sec. 4.3): the noise is evaluated at the wrong end of a step
-fixed_point  the same, iterated until both ends agree (AIDI, Pan et al. 2023; ReNoise, Garibi et al. 2024)
+ab2          the noise where the latents are, carried on by the change since the last step; back the same way
+fixed_point  as ddim, iterated until both ends agree (AIDI, Pan et al. 2023; ReNoise, Garibi et al. 2024)
 obelm        O-BELM (Wang et al. 2024): exact by algebra, if two neighbouring latents are kept
 null_text    null-text optimization (Mokady et al. 2023): negative embeddings that lead back under guidance
 anchored     DDIM's path, and what each sampling step misses it by (after PnP inversion, Ju et al. 2024)
@@ -24,14 +25,36 @@ Predict = Callable[[Tensor, int], Tensor]  # noisy latents, timestep -> noise, a
 def invert(latents: Tensor, grid: Grid, predict: Predict, iterations: int = 0) -> Iterator[Tensor]:
     """The latents of nodes n - 1 … 0, from those of the picture; with `iterations` the fixed point is sought.
 
-    n evaluations; with K iterations up to n (K + 2), fewer where the residual stops falling earlier.
+    n evaluations; with K iterations up to n (K + 2), fewer where the residual stops falling earlier. On a
+    grid of ab2 no fixed point is sought, and there are n + 1 evaluations.
     """
+    if grid.solver == "ab2":
+        yield from _invert_ab2(latents, grid, predict)
+        return
     for i in reversed(range(len(grid))):
         timestep, here, clean = grid.timesteps[i], grid.alpha_bar[i], grid.alpha_bar[i + 1]
         noisier = ddim_step(latents, predict(latents, timestep), clean, here)
         if iterations:
             noisier = _fixed_point(noisier, latents, predict, timestep, here, clean, iterations)
         latents = noisier
+        yield latents
+
+
+def _invert_ab2(latents: Tensor, grid: Grid, predict: Predict) -> Iterator[Tensor]:
+    """The way back walked from its other end.
+
+    From timestep 1 on steps are wide, and the one before, from 0 to 1, tells nothing of how noise changes:
+    the first of them goes along the mean of its two ends (Heun), one evaluation more.
+    """
+    back, before = grid.backwards(), None
+    for i, timestep in enumerate(back.timesteps):
+        levels = back.alpha_bar[i], back.alpha_bar[i + 1]
+        epsilon = predict(latents, timestep)
+        along = back.along(i, epsilon, before)
+        if i == 1:
+            ahead = predict(ddim_step(latents, along, *levels), grid.timesteps[-2])
+            along = (epsilon + ahead) / 2
+        latents, before = ddim_step(latents, along, *levels), epsilon
         yield latents
 
 
@@ -59,10 +82,12 @@ def _fixed_point(
 
 
 def sample(latents: Tensor, grid: Grid, predict: Predict) -> Iterator[Tensor]:
-    """DDIM: the latents of nodes 1 … n, from those of node 0."""
+    """The latents of nodes 1 … n, from those of node 0, by the grid's solver."""
+    before = None
     for i, timestep in enumerate(grid.timesteps):
         epsilon = predict(latents, timestep)
-        latents = ddim_step(latents, epsilon, grid.alpha_bar[i], grid.alpha_bar[i + 1])
+        along = grid.along(i, epsilon, before)
+        latents, before = ddim_step(latents, along, grid.alpha_bar[i], grid.alpha_bar[i + 1]), epsilon
         yield latents
 
 
@@ -93,13 +118,14 @@ def edit_anchored(
         latents: of node `start`; None: the trajectory's own.
         where: (R or 1, 1, h, w), 0 where the trajectory is kept, 1 where it is left.
     """
-    latents = trajectory[start] if latents is None else latents
+    latents, before = trajectory[start] if latents is None else latents, (None, None)
     for i in range(start, len(grid)):
         levels = grid.alpha_bar[i], grid.alpha_bar[i + 1]
-        own, noise = predict(trajectory[i], latents, grid.timesteps[i])
-        own = ddim_step(trajectory[i], own, *levels)
+        noises = predict(trajectory[i], latents, grid.timesteps[i])
+        along = [grid.along(i, noise, last) for noise, last in zip(noises, before, strict=True)]
+        own, before = ddim_step(trajectory[i], along[0], *levels), noises
         # The difference first: rounding that n steps would amplify is nil where source and predict agree.
-        moved = ddim_step(latents, noise, *levels) - own
+        moved = ddim_step(latents, along[1], *levels) - own
         if where is not None:  # what lies outside is put back on its own path
             moved = where * moved
         anchor = trajectory[i + 1]

@@ -20,10 +20,17 @@ from lorakit.weights.base_settings import (
 from lorakit.weights.few_steps import few_steps
 from lorakit.weights.tokens import unread_notes
 
-Method = Literal["ddim", "fixed_point", "obelm", "null_text", "anchored"]
+Solver = Literal["ddim", "ab2"]
+"""Described in schedule.py."""
+Method = Literal["ddim", "ab2", "fixed_point", "obelm", "null_text", "anchored"]
 """Described in inversion.py."""
 FIT_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
 """Shares of the schedule at which LoRAs are tried on a picture before it is inverted under them."""
+
+
+def inversion_evaluations(steps: int, method: str, iterations: int = 0) -> int:
+    """Of the U-Net, for one picture without guidance; fixed_point may need fewer."""
+    return {"fixed_point": steps * (iterations + 2), "ab2": steps + (steps > 1)}.get(method, steps)
 
 
 class InvertConfig(Config):
@@ -58,7 +65,7 @@ class InvertConfig(Config):
         (1.0, 3.0), min_length=1, description="classifier-free guidance; above 1 doubles the work"
     )
     methods: tuple[Method, ...] = Field(
-        ("ddim", "fixed_point", "obelm", "null_text", "anchored"),
+        ("ddim", "ab2", "fixed_point", "obelm", "null_text", "anchored"),
         min_length=1,
         description="null_text is left out at guidance 1, where it is ddim",
     )

@@ -29,7 +29,7 @@ class Inverting:
     """How the pictures of one run are inverted."""
 
     steps: int
-    method: Literal["ddim", "fixed_point"] = "ddim"
+    method: Literal["ddim", "fixed_point", "ab2"] = "ddim"
     iterations: int = 3
     guidance_scale: float = 1.0
     negative_prompt: str = ""
@@ -98,7 +98,7 @@ def invert_cached(
         latents: (1, C, h, w) of each picture; `names` its cache entry.
         between: called before each U-Net evaluation; may raise, to stop.
     """
-    grid = denoiser.schedule.grid(how.steps)
+    grid = denoiser.schedule.grid(how.steps, "ab2" if how.method == "ab2" else "ddim")
     iterations = how.iterations if how.method == "fixed_point" else 0
     paths = []
     for i, (start, name) in enumerate(zip(latents, names, strict=True)):

@@ -4,16 +4,18 @@ x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps                     (Ho 
 v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0                     (Salimans & Ho 2022, sec. 4)
 SNR_t = alpha_bar_t / (1 - alpha_bar_t)
 
-DDIM (Song et al. 2021, eq. 12 with sigma = 0) is the deterministic sampler of all that must be inverted. Its
-grid is made here, whatever sampler a base ships: PNDM in SD 1.5 evaluates one timestep twice.
+DDIM (Song et al. 2021, eq. 12 with sigma = 0) is the deterministic sampler of all that must be inverted, by
+itself or in steps of second order. Its grid is made here, whatever sampler a base ships: PNDM in SD 1.5
+evaluates one timestep twice.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lorakit.diffusion.inversion_plan import Solver
 from lorakit.ground.errors import UserError
 
 WIDEST = 2.0
@@ -23,7 +25,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class Grid:
-    """The nodes of a deterministic sampler, noisiest first.
+    """The nodes of a deterministic sampler, noisiest first, and how it steps from one to the next.
 
     `timesteps`: n integers. `alpha_bar`: n + 1 numbers, the last one that of the clean end, where nothing is
     evaluated: alpha_bar_0, as Stable Diffusion's `set_alpha_to_one: false` has it.
@@ -31,24 +33,35 @@ class Grid:
 
     timesteps: tuple[int, ...]
     alpha_bar: tuple[float, ...]
+    solver: Solver = "ddim"
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def extrapolated(self, i: int, epsilon: Tensor, before: Tensor | None) -> Tensor:
-        """What step i of two-step Adams-Bashforth in the log-SNR goes along; without `before`, `epsilon`.
+    def along(self, i: int, epsilon: Tensor, before: Tensor | None) -> Tensor:
+        """What step i goes along: for ddim, and for the first step of a path, `epsilon`.
 
-        eps_i + r / 2 (eps_i - eps_{i-1}), r = min(h_i / h_{i-1}, 2), h the widths of the steps in log-SNR: an
-        exponential multistep method of second order, as DPM-Solver's (Lu et al. 2022, arXiv:2206.00927).
+        ab2 is two-step Adams-Bashforth in the log-SNR: eps_i + r / 2 (eps_i - eps_{i-1}), r =
+        min(h_i / h_{i-1}, 2), h the widths of the steps; an exponential multistep method of second order, as
+        DPM-Solver's (Lu et al. 2022, arXiv:2206.00927).
 
         Args:
             epsilon: at node i; `before` at node i - 1.
         """
-        if before is None:
+        if before is None or self.solver == "ddim":
             return epsilon
         last, here, next_ = (math.log(a / (1 - a)) for a in self.alpha_bar[i - 1 : i + 2])
         ratio = min((next_ - here) / (here - last), WIDEST)
         return epsilon + ratio / 2 * (epsilon - before)
+
+    def backwards(self) -> "Grid":
+        """The same nodes from the picture to the noise: what is evaluated at the clean end is timestep 0."""
+        timesteps = 0, *reversed(self.timesteps[1:])
+        return replace(self, timesteps=timesteps, alpha_bar=self.alpha_bar[::-1])
+
+    def after(self, first: int) -> "Grid":
+        """The nodes from `first` on."""
+        return replace(self, timesteps=self.timesteps[first:], alpha_bar=self.alpha_bar[first:])
 
     def nodes(self, stride: int) -> list[int]:
         """Every `stride`-th node, from the noise on, and the clean end."""
@@ -57,7 +70,8 @@ class Grid:
     def coarse(self, stride: int) -> "Grid":
         """The grid of these nodes: fewer steps through points that this grid passes too."""
         nodes = self.nodes(stride)
-        return Grid(tuple(self.timesteps[i] for i in nodes[:-1]), tuple(self.alpha_bar[i] for i in nodes))
+        timesteps = tuple(self.timesteps[i] for i in nodes[:-1])
+        return replace(self, timesteps=timesteps, alpha_bar=tuple(self.alpha_bar[i] for i in nodes))
 
 
 def ddim_step(latents: Tensor, epsilon: Tensor, alpha_bar_from: float, alpha_bar_to: float) -> Tensor:
@@ -122,7 +136,7 @@ class NoiseSchedule:
         a = self.alpha_bar[timesteps]
         return a / (1 - a)
 
-    def grid(self, steps: int) -> Grid:
+    def grid(self, steps: int, solver: Solver = "ddim") -> Grid:
         """The DDIM grid of Stable Diffusion: evenly spaced from timestep 1 on ("leading", offset 1)."""
         if not 1 <= steps < self.num_timesteps:
             raise UserError(
@@ -130,7 +144,8 @@ class NoiseSchedule:
             )
         spacing = self.num_timesteps // steps
         timesteps = tuple(i * spacing + 1 for i in reversed(range(steps)))
-        return Grid(timesteps, (*(float(self.alpha_bar[t]) for t in timesteps), float(self.alpha_bar[0])))
+        levels = *(float(self.alpha_bar[t]) for t in timesteps), float(self.alpha_bar[0])
+        return Grid(timesteps, levels, solver)
 
     def epsilon(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
         """The noise that a U-Net's `output` (B, C, h, w) stands for, whatever it predicts."""

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from lorakit.diffusion.inversion_plan import Solver
 from lorakit.sampling.config import LoraEntry, SamplingConfig, SchedulerName
 
 Method = Literal["swap", "imagic", "sdedit"]
@@ -22,6 +23,7 @@ class PictureConfig(SamplingConfig):
 
     scheduler: SchedulerName | None = Field(None, description="null or ddim, on whose path a picture is edited")
     num_inference_steps: int | None = Field(None, ge=1, le=999, description="steps, of the inversion and of the edit alike; null: 50")
+    solver: Solver = Field("ddim", description="of both; ab2: two-step Adams-Bashforth, of second order")
 
     image: str = Field(min_length=1, description="the picture")
     prompt: str = Field("", description="what it shows")
@@ -71,7 +73,7 @@ class EditConfig(PictureConfig):
     embed_seed: int = Field(0, ge=0, lt=2**63, description="of what they draw")
     imagic_config: str = Field("cfg/edit/imagic/fit.json", min_length=1, description="training config for imagic's LoRA, which takes the place of fit_config")
 
-    axes: ClassVar[tuple[str, ...]] = ("guidance_scale", "negative_prompt", "num_inference_steps", "prompt", "target_prompt", "method", "start", "lora_weight", "eta", "keep_below")
+    axes: ClassVar[tuple[str, ...]] = ("guidance_scale", "negative_prompt", "num_inference_steps", "solver", "prompt", "target_prompt", "method", "start", "lora_weight", "eta", "keep_below")
 # fmt: on
 
     @model_validator(mode="after")

@@ -154,10 +154,10 @@ class Desk:
     def _source(self, cell: PictureConfig, row: Rows, loras: Sequence[LoraEntry]) -> Source:
         """The picture inverted without guidance, which edits have of their own; kept by content."""
         steps = cell.sampler()[1]
-        grid = self.denoiser.schedule.grid(steps)
+        grid = self.denoiser.schedule.grid(steps, cell.solver)
         if isinstance(cell, EditConfig) and cell.method in DRAWS:
             return Source(self.latents[None], row, grid)
-        how = Inverting(steps, prediction_type=cell.prediction_type, clip_skip=cell.clip_skip)
+        how = Inverting(steps, cell.solver, prediction_type=cell.prediction_type, clip_skip=cell.clip_skip)
         name = path_name(how, self.cache, self.base, self.plan.shape, cell.image, row, _record(loras))
         if name not in self.sources:
             begun = time.perf_counter()

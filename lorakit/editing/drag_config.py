@@ -37,7 +37,7 @@ class DragConfig(PictureConfig):
     motion_radius: int = Field(1, ge=0, le=64, description="of the patch that is moved one step at a time, in cells of half the picture")
     track_radius: int = Field(3, ge=1, le=64, description="about the last place of a handle in which it is looked for, in cells of half the picture")
 
-    axes: ClassVar[tuple[str, ...]] = ("guidance_scale", "negative_prompt", "num_inference_steps", "prompt", "lora_weight", "method", "kind", "radius", "start", "noise", "reference_attention", "feature_block", "iterations", "learning_rate", "mask_weight", "motion_radius", "track_radius")
+    axes: ClassVar[tuple[str, ...]] = ("guidance_scale", "negative_prompt", "num_inference_steps", "solver", "prompt", "lora_weight", "method", "kind", "radius", "start", "noise", "reference_attention", "feature_block", "iterations", "learning_rate", "mask_weight", "motion_radius", "track_radius")
 # fmt: on
 
     @model_validator(mode="after")

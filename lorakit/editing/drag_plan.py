@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
+from lorakit.diffusion.inversion_plan import inversion_evaluations
 from lorakit.editing.drag_config import DragConfig
 from lorakit.editing.edit_plan import EditPlan, lora_notes
 from lorakit.ground.errors import UserError
@@ -207,7 +208,8 @@ def describe_drag(cfg: DragConfig, plan: DragPlan) -> list[str]:
     lengths = ", ".join(f"{math.dist(*way) / plan.view.scale:.0f}" for way in plan.ways)
     lines.append(f"ways        {len(plan.ways)}, of {lengths} pixels")
     rows = sum(map(_evaluations, cells))
-    inverted = sum({cell.sampler()[1] for cell in cells})
+    paths = {(cell.sampler()[1], cell.solver) for cell in cells}
+    inverted = sum(inversion_evaluations(*path) for path in paths)
     lines.append(
         f"work        {rows:,} rows through the U-Net at most, {inverted} before them for each new path"
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lorakit.diffusion.inversion_plan import inversion_evaluations
 from lorakit.editing.config import DRAWS, EditConfig, PictureConfig
 from lorakit.editing.imagic_plan import BATCH, ImagicFit, parts_of, plan_fits
 from lorakit.ground.errors import UserError
@@ -106,7 +107,8 @@ def describe_edit(cfg: EditConfig, plan: EditPlan) -> list[str]:
     lines += _fit_lines(cfg, plan)
     lines += memory_lines(cells, plan.base, [plan.shape])
     rows = sum(map(_evaluations, cells))
-    inverted = sum({cell.sampler()[1] for cell in cells if cell.method not in DRAWS})
+    ways = {(cell.sampler()[1], cell.solver) for cell in cells if cell.method not in DRAWS}
+    inverted = sum(inversion_evaluations(*way) for way in ways)
     lines.append(f"work        {rows:,} rows through the U-Net, {inverted} before them for each new path")
     return [*lines, f"time        {time_words(cfg, count_results(cfg))}"]
 

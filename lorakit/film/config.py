@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from lorakit.diffusion.inversion_plan import Solver
 from lorakit.ground.config import Config
 from lorakit.sampling.config import PromptSyntax
 from lorakit.weights.base_settings import BaseConfig, ClipSkip, PredictionType
@@ -49,10 +50,10 @@ class MorphConfig(Config):
     train_if_missing: bool = Field(False, description="fit the LoRAs that do not exist yet, by train_lora.py with fit_config")
     fit_config: str = Field("cfg/morph/fit.json", description="training config for it")
 
-    solver: Literal["ddim", "ab2"] = Field("ddim", description="of sampling; ab2: two-step Adams-Bashforth, whose 20 steps are nearly 50 of ddim")
+    solver: Solver = Field("ddim", description="of sampling; ab2: two-step Adams-Bashforth, whose 20 steps are nearly 50 of ddim")
     num_inference_steps: int = Field(50, ge=2, le=999, description="steps, of inversion and sampling alike")
     guidance_scale: float = Field(1.0, ge=1, description="classifier-free guidance of sampling; above 1 doubles the work")
-    inversion_method: Literal["ddim", "fixed_point"] = Field("ddim", description="fixed_point finds noise from which sampling comes back by itself, at several times the evaluations")
+    inversion_method: Literal["ddim", "ab2", "fixed_point"] = Field("ddim", description="ab2 of second order, at no more evaluations; fixed_point finds noise from which sampling comes back by itself, at several times the evaluations")
     fixed_point_iterations: int = Field(3, ge=1, le=20, description="of fixed_point, at most, in each step")
     inversion_guidance_scale: float = Field(1.0, ge=1, description="guidance of the inversion; DiffMorpher has 1")
     anchor: bool = Field(True, description="keep the pictures on their inverted paths, so that the film ends on them exactly")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.diffusion.inversion_plan import FIT_TIMESTEPS
+from lorakit.diffusion.inversion_plan import FIT_TIMESTEPS, inversion_evaluations
 from lorakit.film.config import MorphConfig
 from lorakit.ground.errors import OutputError, UserError
 from lorakit.ground.publish import existing_parent
@@ -123,9 +123,8 @@ def count_evaluations(cfg: MorphConfig, plan: MorphPlan) -> dict[str, int]:
     fixed_point may need fewer: a row's search ends when it gets no better.
     """
     steps, ends, halves = cfg.num_inference_steps, len(cfg.images), 1 + (cfg.guidance_scale != 1)
-    per_step = 1 if cfg.inversion_method == "ddim" else cfg.fixed_point_iterations + 2
-    inversion = ends * steps * per_step * (1 + (cfg.inversion_guidance_scale != 1))
-    counts = {"inversion": inversion}
+    inversion = inversion_evaluations(steps, cfg.inversion_method, cfg.fixed_point_iterations)
+    counts = {"inversion": ends * inversion * (1 + (cfg.inversion_guidance_scale != 1))}
     if plan.loras:
         counts["fit of the LoRAs"] = ends * (1 + len(plan.loras)) * len(FIT_TIMESTEPS)
     if cfg.reschedule in ("probe", "full"):

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorakit.diffusion.attention import Between
 from lorakit.diffusion.denoiser import Denoiser, Rows, join_rows
 from lorakit.diffusion.interpolate import adain, bezier, slerp
+from lorakit.diffusion.inversion_plan import Solver
 from lorakit.diffusion.schedule import Grid, ddim_step
 from lorakit.film.config import MorphConfig
 from lorakit.ground.chunks import Chunks
@@ -39,7 +40,7 @@ class Settings:
     adain: bool = True
     anchor: bool = True
     residual_power: float = 2.0
-    solver: str = "ddim"
+    solver: Solver = "ddim"
 
     @classmethod
     def of(cls, cfg: MorphConfig) -> "Settings":
@@ -120,7 +121,7 @@ def denoise(
             noise = noise_of(i, latents, slice(0, len(latents)))
         else:
             noise = chunks.map(len(latents), partial(noise_of, i, latents))
-        along = grid.extrapolated(i, noise, state.noise)
+        along = grid.along(i, noise, state.noise)
         latents = ddim_step(latents, along, grid.alpha_bar[i], grid.alpha_bar[i + 1])
         stepped, frames = latents.tensor_split([pictures])
         moved = (stepped - state.ends).flatten(1).norm(dim=1)
@@ -130,7 +131,7 @@ def denoise(
         frames = frames + left * missed[lies.left] + right * missed[lies.right]
         ratio = missed.flatten(1).norm(dim=1) / moved.clamp_min(1e-12)
         ratio = state.residual_ratio.to(ratio) + (ratio - state.residual_ratio.to(ratio)) / (i + 1)
-        state = State(i + 1, frames, stepped, ratio, noise if settings.solver == "ab2" else None)
+        state = State(i + 1, frames, stepped, ratio, noise if grid.solver == "ab2" else None)
         yield state
 
 

@@ -64,7 +64,7 @@ class Studio:
         Args:
             stride: pass every so many-th node of the grid only, as a probe does.
         """
-        full = self.denoiser.schedule.grid(len(self.ends.trajectory) - 1)
+        full = self.denoiser.schedule.grid(len(self.ends.trajectory) - 1, self.settings.solver)
         grid = full.coarse(stride)
         ends = morphing.Ends(self.ends.trajectory[full.nodes(stride)], self.ends.rows)
         lies, inside = morphing.positions_to_rows(positions, len(ends.rows), self.base.device)

@@ -4,7 +4,8 @@ import re
 from pathlib import PurePosixPath
 from typing import Literal
 
-from lorakit.pictures.captions import SKIP_OR_EMPTY, Fault, Item, is_unicode, listing, short
+from lorakit.pictures.captions import SKIP_OR_EMPTY, Fault, Item, listing, short
+from lorakit.pictures.names import is_unicode
 
 CaptionLines = Literal["join", "choice"] | None
 MissingCaptions = Literal["error", "skip", "empty", "folder"]

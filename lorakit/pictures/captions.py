@@ -7,8 +7,6 @@ Captions come from `metadata.jsonl` at the root (one JSON object a line: file_na
 import difflib
 import json
 import os
-import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -16,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
 from lorakit.ground.errors import UserError
+from lorakit.pictures.names import is_tar, is_unicode, loose, name_objection, stem
 
 METADATA = "metadata.jsonl"
 MASK_SUFFIX = "-masklabel"  # of the file beside a picture that is its mask
@@ -53,7 +52,7 @@ class Item(NamedTuple):
     """A picture that is still to be checked."""
 
     name: str
-    source: Path | bytes | Stored
+    source: str | bytes | Stored  # a path, what is in the file, or what fetches that
     caption: Any  # None where there is none, a list where there are several
     line: str  # where the caption stands, "" for nowhere
     in_file: bool = False  # of its own, whose lines were broken by an editor or are several captions
@@ -74,9 +73,9 @@ class FolderReader:
         self.warnings: list[str] = []
         self.files = self._listed()
         images = [name for name in self.files if name.lower().endswith(suffixes)]
-        stems = {_stem(name): name for name in images}
-        masks = [name for name in images if _stem(name).endswith(MASK_SUFFIX)]
-        pairs = {name: stems.get(_stem(name).removesuffix(MASK_SUFFIX)) for name in masks}
+        stems = {stem(name): name for name in images}
+        masks = [name for name in images if stem(name).endswith(MASK_SUFFIX)]
+        pairs = {name: stems.get(stem(name).removesuffix(MASK_SUFFIX)) for name in masks}
         self.masks = {image: name for name, image in pairs.items() if image}
         self.images = [name for name in images if name not in self.masks.values()]
 
@@ -101,9 +100,21 @@ class FolderReader:
             item._replace(mask=self.root / masks[item.name]) if item.name in masks else item for item in items
         ]
 
+    def tar_files(self) -> list[str]:
+        """Those that hold the pictures, where none lie beside them."""
+        found = [name for name in self.files if is_tar(name) and not self._refuse_link(name, "")]
+        if found and (self.images or METADATA in self.files):
+            self.warnings.append(f"pictures lie beside tar files, of which none is read: {listing(found)}")
+            return []
+        return found
+
     def _listed(self) -> list[str]:
-        """Relative names, with forward slashes, of all files that are not hidden."""
-        names, seen = [], set()
+        """Relative names, with forward slashes, of all files that are not hidden.
+
+        Those that need no second look, files behind no link, become `_plain`.
+        """
+        names, odd, seen = [], set(), set()
+        self._plain: set[str] = set()
 
         def unreadable(error: OSError) -> None:
             self.faults.append(Fault(str(error.filename), f"{error.strerror}", "make the folder readable"))
@@ -118,17 +129,23 @@ class FolderReader:
             inside = Path(folder).relative_to(self.root)
             for name in folders:
                 self._refuse_link((inside / name).as_posix(), "")
-            names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
+            before = "" if inside == Path() else f"{inside.as_posix()}/"
+            names += [before + name for name in files if not name.startswith(".")]
+            with os.scandir(folder) as entries:
+                odd |= {before + each.name for each in entries if not each.is_file(follow_symlinks=False)}
         for name in names:
             if not is_unicode(name):
                 readable = name.encode("utf-8", "backslashreplace").decode()
                 self.fault(readable, "the name of the file is not UTF-8", "rename it")
+        self._plain = {name for name in names if "\\" not in name and ":" not in name and name.strip()} - odd
         return sorted(filter(is_unicode, names))
 
     def _refuse_link(self, name: str, line: str) -> bool:
         """Whether a name leads out of the root through a symbolic link, which is then a fault."""
         # Not Path.resolve(), which raises on a link to itself.
-        if self.allow_symlinks or Path(os.path.realpath(self.root / name)).is_relative_to(self._real_root):
+        if self.allow_symlinks or name in self._plain:
+            return False
+        if Path(os.path.realpath(self.root / name)).is_relative_to(self._real_root):
             return False
         problem = f"'{name}' is, or lies behind, a symbolic link out of the folder"
         self.fault(line or name, problem, "copy the files into the folder or set allow_symlinks to true")
@@ -140,7 +157,7 @@ class FolderReader:
 
     @cached_property
     def _by_loose_name(self) -> dict[str, str]:
-        return {_loose(name): name for name in self.images}
+        return {loose(name): name for name in self.images}
 
     def _text(self, name: str) -> str | None:
         """The text of a UTF-8 file, with or without BOM; None after a fault."""
@@ -173,18 +190,17 @@ class FolderReader:
         if column is None:
             return [], ""
         items = [
-            Item(name, self.root / name, record.get(column), line)
+            Item(name, self._path(name), record.get(column), line)
             for name, (line, record) in zip(names, records, strict=True)
             if name is not None
         ]
         if readable:  # a line that cannot be read may have named them
             named = set(names)
             others = (name for name in self.images if name not in named)
-            items += [
-                Item(name, self.root / name, None, "") for name in others if not self._refuse_link(name, "")
-            ]
-        stems = {_stem(name) for name in self.images}
-        unused = [name for name in self.files if self._holds_caption(name) and _stem(name) in stems]
+            kept = (name for name in others if not self._refuse_link(name, ""))
+            items += [Item(name, self._path(name), None, "") for name in kept]
+        stems = {stem(name) for name in self.images}
+        unused = [name for name in self.files if self._holds_caption(name) and stem(name) in stems]
         if unused:
             self.warnings.append(f"captions come from {METADATA}; not read: {listing(unused)}")
         return items, f"{METADATA}, key '{column}'"
@@ -220,17 +236,22 @@ class FolderReader:
             self.fault(line, problem, "name the picture in file_name")
             return None
         name = record["file_name"]
-        objection = _name_objection(name)
+        if isinstance(name, str) and name in self._plain:
+            return name
+        objection = name_objection(name)
         if objection:
             self.fault(line, f"file_name {short(repr(name))} {objection}", "name a file inside the folder")
             return None
         name = PurePosixPath(name).as_posix()
         if not self._is_there(name):
-            near = self._by_loose_name.get(_loose(name))
+            near = self._by_loose_name.get(loose(name))
             hint = f"; did you mean '{near}'?" if near else ""
             self.fault(line, f"no file '{short(name)}'{hint}", "add the missing files or correct file_name")
             return None
         return None if self._refuse_link(name, line) else name
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
 
     def _is_there(self, name: str) -> bool:
         return os.path.isfile(self.root / name)
@@ -257,7 +278,7 @@ class FolderReader:
 
     def _from_sidecars(self, missing_captions: str) -> list[Item]:
         kind = self.extension
-        by_stem = {_stem(name): name for name in self.files if self._holds_caption(name)}
+        by_stem = {stem(name): name for name in self.files if self._holds_caption(name)}
         # The other habits: files of another name, and one metadata.jsonl in each sub-folder.
         other = ".txt" if kind == ".caption" else ".caption"
         strange = [name for name in self.files if name.endswith((other, f"/{METADATA}"))]
@@ -267,7 +288,7 @@ class FolderReader:
         hint = f"write a {kind} beside each picture, or {METADATA} at the root, or {SKIP_OR_EMPTY}"
         if not self.images:
             self._no_images()
-        elif missing_captions == "error" and not any(_stem(name) in by_stem for name in self.images):
+        elif missing_captions == "error" and not any(stem(name) in by_stem for name in self.images):
             found = f"{len(self.images)} picture(s), but neither {METADATA} nor {kind} files beside them"
             self.fault("", found + ignored, hint)
             return []
@@ -275,12 +296,12 @@ class FolderReader:
             self.warnings.append(f"captions come from {kind} files beside the pictures{ignored}")
         items, users = [], defaultdict(list)
         for name in self.images:
-            text_name = by_stem.get(_stem(name), "")
+            text_name = by_stem.get(stem(name), "")
             users[text_name].append(name)
             caption = self._text(text_name) if text_name else None
             unreadable = bool(text_name) and caption is None
             if not self._refuse_link(name, "") and not unreadable:
-                items.append(Item(name, self.root / name, caption, text_name, in_file=True))
+                items.append(Item(name, self._path(name), caption, text_name, in_file=True))
         shared = [text_name for text_name, names in users.items() if text_name and len(names) > 1]
         if shared:
             self.warnings.append(f"several pictures share one caption file: {listing(shared)}")
@@ -298,41 +319,6 @@ class FolderReader:
         if others:
             problem += f"; found only unsupported types ({', '.join(others)})"
         self.fault("", problem, "convert them to PNG" if others else "put pictures there or correct the path")
-
-
-def _name_objection(name: object) -> str:
-    """Why a file_name cannot be used, or nothing."""
-    if not isinstance(name, str):
-        return "is not text"
-    if not name.strip() or PurePosixPath(name) == PurePosixPath("."):
-        return "is empty"
-    if "\0" in name or not is_unicode(name):
-        return "holds a character that no file name can have"
-    if "://" in name:
-        return "is a URL"
-    if "\\" in name:
-        return "holds a backslash; write /"
-    if name.startswith("/") or re.match("[A-Za-z]:/", name):
-        return "is absolute"
-    return "leaves the folder by '..'" if ".." in PurePosixPath(name).parts else ""
-
-
-def is_unicode(text: str) -> bool:
-    """False for lone surrogates, which neither a file nor a tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
-
-
-def _loose(name: str) -> str:
-    """What names have in common that differ in case, suffix or Unicode form (macOS writes NFD)."""
-    return unicodedata.normalize("NFC", _stem(name)).casefold()
 
 
 def short(text: str, limit: int = 60) -> str:

@@ -113,8 +113,8 @@ def _faults(label: str, row: Row, needed: int, max_aspect: float) -> list[Fault]
 
 
 def _inspected(item: Item, max_pixels: int) -> Row:
-    path = item.source
-    assert isinstance(path, Path)
+    assert isinstance(item.source, str)
+    path = Path(item.source)
     digest = hashlib.sha256()
     for file in _stills(path) if path.is_dir() else [path]:
         with file.open("rb") as opened:
@@ -125,7 +125,7 @@ def _inspected(item: Item, max_pixels: int) -> Row:
         raise ImageError(f"its frames differ in size: {shown}")
     caption, *more = item.caption
     line, sha256 = item.line or item.name, digest.hexdigest()
-    return Row(path, item.name, caption, *first, sha256, line, others=tuple(more), frames=len(sizes))
+    return Row(item.source, item.name, caption, *first, sha256, line, others=tuple(more), frames=len(sizes))
 
 
 def _sizes(path: Path, max_pixels: int) -> Iterator[tuple[int, int]]:

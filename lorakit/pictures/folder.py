@@ -5,24 +5,26 @@ Imports no torch.
 
 import hashlib
 import json
-import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from lorakit.pictures.caption_rules import CaptionLines, MissingCaptions, with_captions
 from lorakit.pictures.captions import DataError, Fault, FolderReader, Item, Stored, listing
-from lorakit.pictures.images import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, image_size, load_image
+from lorakit.pictures.images import IMAGE_SUFFIXES, MAX_PIXELS, ImageError, load_image
+from lorakit.pictures.inspection import Look, inspect_pictures
+from lorakit.pictures.names import is_tar
+from lorakit.pictures.tars import TarReader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One picture with its caption; sizes in pixels after EXIF orientation."""
 
-    path: Path | None
+    file: str | None
     name: str  # relative to the root, with forward slashes
     caption: str
     width: int
@@ -42,9 +44,13 @@ class Row:
         return (self.caption, *self.others)
 
     @property
-    def source(self) -> Path | bytes:
+    def path(self) -> Path | None:
+        return None if self.file is None else Path(self.file)
+
+    @property
+    def source(self) -> str | bytes:
         """What `load_image` takes."""
-        source = self.data if self.path is None else self.path
+        source = self.data if self.file is None else self.file
         source = source() if callable(source) else source
         assert source is not None, f"{self.name} has neither a path nor data"
         return source
@@ -56,15 +62,25 @@ class Table:
     warnings: tuple[str, ...]
     caption_source: str
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the pictures, captions and repeats in row order; names, dates and sizes do not enter."""
-        pairs = [
-            [row.sha256, *row.captions, *([row.repeats] if row.repeats != 1 else [])]
-            + ([["mask", row.mask_sha256]] if row.mask else [])
-            for row in self.rows
-        ]
-        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        digest = hashlib.sha256(b"[")
+        for number, row in enumerate(self.rows):
+            parts = [row.sha256, *row.captions, *([row.repeats] if row.repeats != 1 else [])]
+            parts += [["mask", row.mask_sha256]] if row.mask else []
+            digest.update(f"{', ' if number else ''}{json.dumps(parts)}".encode())
+        digest.update(b"]")
+        return digest.hexdigest()
+
+    def first_captions(self, count: int) -> tuple[str, ...]:
+        """Captions that differ."""
+        found: dict[str, None] = {}
+        for row in self.rows:
+            found[row.caption] = None
+            if len(found) == count:
+                break
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class _Policy:
     max_aspect: float
     alpha_background: tuple[int, int, int]
     decode_limit: int
+    remember_in: Path | None
 
 
 def read_folder(
@@ -94,13 +111,16 @@ def read_folder(
     max_aspect: float = 4.0,
     alpha_background: tuple[int, int, int] = (255, 255, 255),
     decode_limit: int = 2000,
+    remember_in: Path | None = None,
 ) -> Table:
-    """Read and check a folder with sub-folders; hidden files are passed over.
+    """Read and check a folder with sub-folders, or tar files, see tars; hidden files are passed over.
 
-    Rows keep the order of metadata.jsonl, or are sorted by name where captions lie in .txt files.
+    Rows keep the order of metadata.jsonl or of a tar file, or are sorted by name where captions lie in .txt
+    files.
 
     Args:
-        caption_column: key of the caption in metadata.jsonl (None: "text", or the only other key with text).
+        caption_column: key of the caption in metadata.jsonl (None: "text", or the only other key with text),
+            or in the .json files of tar files (None: captions are their .txt files).
         caption_lines: "choice" reads lines, or a list in metadata.jsonl, as several captions; "join" makes
             one of lines, None too and warns; a list is then refused.
         missing_captions: "folder" takes the name of the folder that the picture lies in.
@@ -109,25 +129,23 @@ def read_folder(
         max_aspect: longest side over shortest.
         alpha_background: what transparent pictures are laid on.
         decode_limit: beyond so many pictures, only the headers of the others are read.
+        remember_in: folder of shards that keep what was seen of many pictures, see inspection.Remembered.
 
     Raises:
         DataError: lists every fault with its file and line.
     """
     root = Path(root)
-    policy = _Policy(
-        caption_lines,
-        missing_captions,
-        broken_images,
-        max_image_pixels,
-        min_side,
-        max_aspect,
-        alpha_background,
-        decode_limit,
-    )
+    shown = max_image_pixels, min_side, max_aspect, alpha_background
+    policy = _Policy(caption_lines, missing_captions, broken_images, *shown, decode_limit, remember_in)
+    if root.is_file() and is_tar(root.name):
+        return _of_tars(root.parent, [root.name], policy, [], [], caption_extension, caption_column)
     if not root.is_dir():
         problem = "is a file, not a folder" if root.exists() else "no such folder"
         raise DataError([Fault(str(root), problem, "give the folder that holds the pictures")])
     reader = FolderReader(root, IMAGE_SUFFIXES, allow_symlinks, caption_extension)
+    if names := reader.tar_files():
+        found = reader.faults, reader.warnings
+        return _of_tars(root, names, policy, *found, caption_extension, caption_column)
     items, source = reader.items(caption_column, missing_captions)
     if masks:
         items = reader.with_masks(items)
@@ -135,6 +153,20 @@ def read_folder(
         listed = listing(reader.masks.values())
         reader.warnings.append(f'masks are not used ({listed}): set masked_loss to "beside"')
     return _table(items, policy, reader.faults, reader.warnings, f"{root}/", source)
+
+
+def _of_tars(
+    root: Path,
+    names: list[str],
+    policy: _Policy,
+    faults: list[Fault],
+    warnings: list[str],
+    extension: str,
+    column: str | None,
+) -> Table:
+    reader = TarReader(root, names, IMAGE_SUFFIXES, extension, column, faults, warnings)
+    items, source = reader.items(policy.missing_captions)
+    return _table(items, policy, faults, warnings, f"{root}/", source)
 
 
 def read_rows(
@@ -148,23 +180,19 @@ def read_rows(
     max_aspect: float = 4.0,
     alpha_background: tuple[int, int, int] = (255, 255, 255),
     decode_limit: int = 2000,
+    remember_in: Path | None = None,
 ) -> Table:
     """The checks of `read_folder` for (name, picture, caption) from elsewhere, such as a `datasets` table.
 
     Raises:
         DataError: lists every fault with the name of its row.
     """
-    policy = _Policy(
-        caption_lines,
-        missing_captions,
-        broken_images,
-        max_image_pixels,
-        min_side,
-        max_aspect,
-        alpha_background,
-        decode_limit,
-    )
-    items = [Item(name, source, caption, name) for name, source, caption in records]
+    shown = max_image_pixels, min_side, max_aspect, alpha_background
+    policy = _Policy(caption_lines, missing_captions, broken_images, *shown, decode_limit, remember_in)
+    items = [
+        Item(name, str(source) if isinstance(source, Path) else source, caption, name)
+        for name, source, caption in records
+    ]
     return _table(items, policy, [], [], "", "the data set")
 
 
@@ -189,6 +217,8 @@ def _table(
 
 
 def _named_once(items: list[Item], prefix: str, faults: list[Fault]) -> list[Item]:
+    if len({item.name for item in items}) == len(items):
+        return items
     first: dict[str, Item] = {}
     for item in items:
         earlier = first.setdefault(item.name, item)
@@ -201,25 +231,23 @@ def _named_once(items: list[Item], prefix: str, faults: list[Fault]) -> list[Ite
 def _inspected(
     items: list[Item], policy: _Policy, prefix: str, faults: list[Fault], warnings: list[str]
 ) -> list[Row]:
-    """Hash every picture and read its header, or decode it whole up to the limit."""
+    """The rows of all pictures that are good, or may be as far as their headers tell."""
     limit = policy.decode_limit
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # decoders and hashes release the GIL
-        decode = (number < limit for number in range(len(items)))
-        results = list(pool.map(lambda item, whole: _inspect(item, whole, policy, prefix), items, decode))
+    look = Look(prefix, policy.max_image_pixels, policy.alpha_background)
     rows, broken, transparent = [], [], []
-    for item, result in zip(items, results, strict=True):
+    found = inspect_pictures(items, look, limit, policy.remember_in)
+    for item, seen in zip(items, found, strict=True):
         label = prefix + item.name
-        if isinstance(result, ImageError):
-            problem = str(result).removeprefix(f"{label}: ")
+        if isinstance(seen, ImageError):
+            problem = str(seen).removeprefix(f"{label}: ")
             broken.append(Fault(label, problem, 'replace broken pictures or set broken_images to "skip"'))
             continue
-        sha256, (width, height), share = result
-        faults += _size_faults(label, width, height, policy)
-        transparent += [item.name] if share > 0.5 else []
-        path, data = (item.source, None) if isinstance(item.source, Path) else (None, item.source)
+        faults += _size_faults(label, seen.width, seen.height, policy)
+        transparent += [item.name] if seen.transparent > 0.5 else []
+        file, data = (item.source, None) if isinstance(item.source, str) else (None, item.source)
         first, *others = item.caption
-        line = item.line or item.name
-        row = Row(path, item.name, first, width, height, sha256, line, data, tuple(others), transparent=share)
+        line, size = item.line or item.name, (seen.width, seen.height)
+        row = Row(file, item.name, first, *size, seen.sha256, line, data, tuple(others), 1, seen.transparent)
         rows.append(_with_mask(row, item.mask, prefix, faults))
     if policy.broken_images == "error":
         faults += broken
@@ -270,38 +298,14 @@ def _size_faults(label: str, width: int, height: int, policy: _Policy) -> list[F
     return []
 
 
-def _inspect(
-    item: Item, decode: bool, policy: _Policy, prefix: str
-) -> tuple[str, tuple[int, int], float] | ImageError:
-    """(sha256 of the file, (width, height), share of transparent pixels), or what is wrong with it."""
-    label = prefix + item.name
-    try:
-        source = item.source() if callable(item.source) else item.source
-        if isinstance(source, bytes):
-            sha256 = hashlib.sha256(source).hexdigest()
-        else:
-            with open(source, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if not decode:
-            return sha256, image_size(source, name=label, max_pixels=policy.max_image_pixels), 0.0
-        image = load_image(
-            source, name=label, max_pixels=policy.max_image_pixels, background=policy.alpha_background
-        )
-        return sha256, image.size, float(image.info.get("transparent_share", 0))
-    except ImageError as error:
-        return error
-    except OSError as error:
-        return ImageError(f"{label}: {error.strerror}")
-
-
 def _duplicates(rows: list[Row]) -> list[str]:
     """Warnings on files with the same bytes."""
-    groups = defaultdict(list)
+    times, groups = Counter(row.sha256 for row in rows), defaultdict(list)
     for row in rows:
-        groups[row.sha256].append(row)
+        if times[row.sha256] > 1:
+            groups[row.sha256].append(row)
     found = {"the same caption": [], "different captions": []}
     for group in groups.values():
-        if len(group) > 1:
-            kind = "the same caption" if len({row.captions for row in group}) == 1 else "different captions"
-            found[kind].append(" = ".join(row.name for row in group))
+        kind = "the same caption" if len({row.captions for row in group}) == 1 else "different captions"
+        found[kind].append(" = ".join(row.name for row in group))
     return [f"identical pictures with {kind}: {listing(same)}" for kind, same in found.items() if same]

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from PIL.Image import Image
@@ -33,13 +33,18 @@ def assign_shapes(
 ) -> list[Shape]:
     """The shape that each picture is trained at: the bucket of the nearest aspect, or a square."""
     if not buckets:
-        return [(resolution, resolution) for _ in sizes]
+        square = (resolution, resolution)
+        return [square for _ in sizes]
     shapes = bucket_shapes(resolution, multiple, max_aspect)
 
     def distance(shape: Shape, aspect: float) -> tuple[float, int]:  # of two equal aspects, the larger bucket
         return abs(math.log(shape[0] / shape[1] / aspect)), -shape[0] * shape[1]
 
-    return [min(shapes, key=partial(distance, aspect=width / height)) for width, height in sizes]
+    @cache
+    def nearest(aspect: float) -> Shape:
+        return min(shapes, key=partial(distance, aspect=aspect))
+
+    return [nearest(width / height) for width, height in sizes]
 
 
 def share_lost(size: Shape, shape: Shape) -> float:
@@ -58,7 +63,7 @@ def entry_name(*parts) -> str:
     return entry_key(*parts).hex() + ".safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """One picture as the VAE sees it: resized to cover `shape`, cropped to it, mirrored or not.
 

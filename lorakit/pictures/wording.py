@@ -58,7 +58,7 @@ def with_repeats(table: Table, repeats: str | Mapping[str, int] | None) -> Table
 
 def _parents(name: str) -> list[str]:
     """The names of the folders that a picture lies in, the nearest first."""
-    return [folder.name for folder in PurePosixPath(name).parents if folder.name]
+    return [part for part in reversed(name.split("/")[:-1]) if part]
 
 
 def _number(folder: str) -> int | None:

@@ -79,8 +79,7 @@ class OwnPaths:
         if way.is_anchored:
             steps = edit_anchored(path, grid, predict, start=way.first, share=cell.anchor)
         else:
-            rest = Grid(grid.timesteps[way.first :], grid.alpha_bar[way.first :])
-            steps = sample(path[way.first], rest, noise_of)
+            steps = sample(path[way.first], grid.after(way.first), noise_of)
         *_, latents = steps
         return self.base.decode_pictures(latents)
 

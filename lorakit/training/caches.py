@@ -10,9 +10,9 @@ a batch: an entry depends neither on what was encoded beside it nor on the numbe
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load
@@ -34,6 +34,36 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Names(Protocol):
+    """Of cache entries, by key."""
+
+    def __getitem__(self, key: Any, /) -> bytes: ...
+
+
+class NumberedNames:
+    """Names by number, 20 bytes of memory each."""
+
+    def __init__(self, names: Iterable[bytes]):
+        self.names = b"".join(names)
+
+    def __getitem__(self, number: int) -> bytes:
+        return self.names[20 * number : 20 * number + 20]
+
+
+class TextNames:
+    """Names of the text states of prompts.
+
+    Args:
+        text_hash: of the text encoder and the tokenizer.
+    """
+
+    def __init__(self, base: Base, text_hash: str, dtype: str = "float32"):
+        self.settings = (text_hash, str(base.dtype), base.clip_skip, dtype)
+
+    def __getitem__(self, prompt: str) -> bytes:
+        return entry_key(prompt, *self.settings)
+
+
 class Cache:
     """Tensors by key, float32 on `device`: the first that are read stay there up to `budget` bytes.
 
@@ -44,7 +74,7 @@ class Cache:
     def __init__(
         self,
         shards: Shards,
-        names: Sequence[bytes] | Mapping[Any, bytes],
+        names: Names,
         device: torch.device,
         budget: int = HELD_BYTES,
     ):
@@ -81,9 +111,15 @@ def keep_moments(shards: Shards, view: Any, moments: Tensor, vae_hash: str, dtyp
     write_entry(shards, view.entry(vae_hash, dtype), moments, dtype)
 
 
-def missing_views(views: Sequence[Any], shards: Shards, vae_hash: str, dtype: str = "float32") -> list[Any]:
-    """The views, or clips, that have no valid cache entry."""
-    return [view for view in views if shards.read(view.entry(vae_hash, dtype)) is None]
+def missing_views(
+    views: Sequence[Any], shards: Shards, vae_hash: str, dtype: str = "float32", verify: bool = True
+) -> list[Any]:
+    """The views, or clips, that have no valid cache entry, or where it is not verified none at all."""
+    return [view for view in views if _lacks(shards, view.entry(vae_hash, dtype), verify)]
+
+
+def _lacks(shards: Shards, name: bytes, verify: bool) -> bool:
+    return shards.read(name) is None if verify else name not in shards
 
 
 def rows_together(shape: Shape, device: torch.device) -> int:
@@ -152,31 +188,31 @@ def _ahead(
 
 
 def cache_masks(
-    views: Sequence[View], kind: MaskKind, factor: int, shards: Shards, image_options: dict
+    views: Sequence[View],
+    kind: MaskKind,
+    factor: int,
+    shards: Shards,
+    image_options: dict,
+    verify: bool = True,
 ) -> None:
     """Make the weights (1, h, w) of views where they are missing."""
     for view in views:
         name = mask_entry(view, kind, factor)
-        if shards.read(name) is None:
+        if _lacks(shards, name, verify):
             write_entry(shards, name, torch.from_numpy(mask_weights(view, kind, factor, **image_options)))
 
 
-def text_names(
-    prompts: Sequence[str], base: Base, text_hash: str, dtype: str = "float32"
-) -> dict[str, bytes]:
-    """The names under which the text states of prompts are cached.
-
-    Args:
-        text_hash: of the text encoder and the tokenizer.
-    """
-    settings = (text_hash, str(base.dtype), base.clip_skip, dtype)
-    return {prompt: entry_key(prompt, *settings) for prompt in prompts}
-
-
 @torch.no_grad()
-def encode_prompts(names: Mapping[str, bytes], base: Base, shards: Shards, dtype: str = "float32") -> None:
-    """Encode into the cache what of text_names is missing: hidden states (L, D)."""
-    missing = {name: prompt for prompt, name in names.items() if shards.read(name) is None}
+def encode_prompts(
+    prompts: Sequence[str],
+    names: TextNames,
+    base: Base,
+    shards: Shards,
+    dtype: str = "float32",
+    verify: bool = True,
+) -> None:
+    """Encode into the cache what is missing: hidden states (L, D)."""
+    missing = {names[prompt]: prompt for prompt in prompts if _lacks(shards, names[prompt], verify)}
     for some in _batches(list(missing.items()), CAPTIONS):
         prompts = [prompt for _, prompt in some]
         states = base.text_encoder(base.tokenize(prompts + [""] * (CAPTIONS - len(some))))[0]

@@ -98,37 +98,42 @@ def make_pictures(
     """
     from tqdm import tqdm
 
-    from lorakit.diffusion.models import evaluating
-    from lorakit.sampling.samplers import encode_prompts, sample_images
-
     record = {**class_record(cfg, resolution, None), "base": base_record(base.info), "merged": merged}
     text = json.dumps(record, indent=1, sort_keys=True)
     folder = cache_dir / "class" / hashlib.sha256(text.encode()).hexdigest()[:40]
     folder.mkdir(parents=True, exist_ok=True)
     publish_file(folder / RECORD, text.encode())
     paths = [folder / f"{number:05d}.png" for number in range(cfg.prior.class_images)]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
-    processes, own_place = accelerator.num_processes, accelerator.process_index
-    own = [number for number in missing if number % processes == own_place]
-    quiet = not own or not accelerator.is_main_process
-    with tqdm(total=len(own), desc="making class pictures", disable=quiet) as bar:
-        for start in range(0, len(own), ROWS):
-            seeds = own[start : start + ROWS]
-            with evaluating(base.unet):
-                embeds = encode_prompts(base, [cfg.prior.class_prompt, ""])
-                images = sample_images(
-                    base,
-                    embeds[:1],
-                    embeds[1:],
-                    seeds=seeds,
-                    shape=(resolution, resolution),
-                    steps=cfg.sample_inference_steps,
-                    guidance_scale=cfg.sample_guidance_scale,
-                )
-            for number, image in zip(seeds, images, strict=True):
-                save_png(image, paths[number])
-            bar.update(len(seeds))
-            between()
-    accelerator.wait_for_everyone()
+    shares = [(accelerator.num_processes, accelerator.process_index), (1, 0)]  # a folder need not be shared
+    for every, place in shares:
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        own = [number for number in missing if number % every == place]
+        quiet = not own or not accelerator.is_main_process
+        with tqdm(total=len(own), desc="making class pictures", disable=quiet) as bar:
+            for start in range(0, len(own), ROWS):
+                _make(cfg, base, resolution, {seed: paths[seed] for seed in own[start : start + ROWS]})
+                bar.update(len(own[start : start + ROWS]))
+                between()
+        accelerator.wait_for_everyone()
     table = _read(folder, cfg.prior.class_prompt)
     return replace(table, rows=table.rows[: cfg.prior.class_images])
+
+
+def _make(cfg: Any, base: "Base", resolution: int, paths: dict[int, Path]) -> None:
+    """Pictures by seed, made in one batch."""
+    from lorakit.diffusion.models import evaluating
+    from lorakit.sampling.samplers import encode_prompts, sample_images
+
+    with evaluating(base.unet):
+        embeds = encode_prompts(base, [cfg.prior.class_prompt, ""])
+        images = sample_images(
+            base,
+            embeds[:1],
+            embeds[1:],
+            seeds=list(paths),
+            shape=(resolution, resolution),
+            steps=cfg.sample_inference_steps,
+            guidance_scale=cfg.sample_guidance_scale,
+        )
+    for path, image in zip(paths.values(), images, strict=True):
+        save_png(image, path)

@@ -4,12 +4,13 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorakit.ground.publish import existing_parent
 from lorakit.ground.shards import Shards
+from lorakit.pictures.views import Shape
 from lorakit.sampling.forecast import LIBRARIES, TRANSFORMER_TENSORS, backward_bytes, halves_of
 from lorakit.sampling.prompts import text_notes
 from lorakit.training.class_pictures import shows_class
@@ -101,6 +102,20 @@ def predict_memory(cfg: Any, plan: Plan, half: bool = False) -> dict[str, int]:
     }
 
 
+def cache_bytes(cfg: Any, plan: Plan, shapes: Sequence[Shape]) -> tuple[int, int]:
+    """Bytes of the latents of views of these shapes, and of the text states of all captions, on the disk.
+
+    What each entry has beside its numbers, 200 bytes or so, is not among them.
+    """
+    base, size = plan.base, {"float32": 4}.get(cfg.cache_dtype, 2)
+    frames = cfg.motion.frames if cfg.motion else 1
+    numbers = sum(times * math.prod(shape) for shape, times in Counter(shapes).items()) // base.vae_factor**2
+    tables = (plan.table, *([plan.validation] if plan.validation else []))
+    captions = {caption for table in tables for row in table.rows for caption in row.captions}
+    states = 0 if encodes_text(cfg) else len(captions | {""}) * base.max_tokens * base.cross_attention_dim
+    return 2 * base.latent_channels * numbers * frames * size, states * size
+
+
 def describe_plan(cfg: Any, plan: Plan) -> str:
     """The plan in words, for --check."""
     base = plan.base
@@ -119,9 +134,12 @@ def describe_plan(cfg: Any, plan: Plan) -> str:
         rows = [*training_views(cfg, plan), *validation_views(cfg, plan)]
         views = [view for row in rows for view in row]
         cached = Shards(plan.cache_dir / "latents")
-        hits = sum(view.entry(vae_hash, cfg.cache_dtype) in cached.names for view in views)
+        hits = sum(view.entry(vae_hash, cfg.cache_dtype) in cached for view in views)
         held = f"a run holds {HELD_BYTES / 1e6:,.0f} MB of latents, and of text states, at most"
         lines.append(f"cache       {hits} of {len(views)} latents are in {plan.cache_dir}; {held}")
+        latents, texts = cache_bytes(cfg, plan, [view.shape for view in views])
+        sizes = f"{latents / 1e6:,.1f} MB, that of text states {texts / 1e6:,.1f} MB"
+        lines.append(f"            the cache of all takes {sizes}")
     count = lora_parameters(cfg, base)
     size = "size not known before the base is here" if count is None else f"{count:,} parameters"
     lines.append(f"LoRA        rank {cfg.rank}, {size}" if trains_lora(cfg) else "LoRA        none")

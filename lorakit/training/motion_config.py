@@ -110,7 +110,7 @@ def adapter_of(cfg: Any, base: BaseInfo) -> MotionInfo | None:
 
 def read_films(cfg: Any, folder: str, **options: Any) -> Table:
     """The checked clips of a folder; `options` are folder.read_folder's."""
-    for key in ("broken_images", "masks"):
+    for key in ("broken_images", "masks", "remember_in"):
         del options[key]
     return read_clips(folder, frames=cfg.motion.frames, stride=cfg.motion.frame_stride, **options)
 

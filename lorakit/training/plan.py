@@ -19,7 +19,7 @@ from lorakit.training.class_pictures import given_pictures
 from lorakit.training.doubts import doubts
 from lorakit.training.motion_config import check_room, clips_of, with_motion
 from lorakit.training.order import holds_steps
-from lorakit.training.tables import folder_options, read_table, read_validation
+from lorakit.training.tables import cache_dir, folder_options, read_table, read_validation
 from lorakit.training.words_config import check_words, trains_lora, word_paths
 from lorakit.weights.base import BaseInfo, inspect_base
 from lorakit.weights.base_settings import check_clip_skip
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def order(self) -> dict[str, Any]:
-        """Arguments of order.sample_order but for the seed."""
+        """Arguments of order.SampleOrder but for the seed."""
         whole = self.steps * self.total_batch
         full = holds_steps(self.shapes, self.repeats, self.total_batch)
         return {
@@ -127,8 +127,8 @@ def make_plan(cfg: Any, world_size: int = 1, base: BaseInfo | None = None) -> Pl
         samples=cfg.n_epochs * epoch
         if cfg.n_epochs and steps * total_batch >= cfg.n_epochs * epoch
         else None,
-        cache_dir=_cache_dir(cfg),
-        notes=(*base.notes, *_notes(cfg, table, shapes, validation), *_earlier_cache(_cache_dir(cfg))),
+        cache_dir=cache_dir(cfg),
+        notes=(*base.notes, *_notes(cfg, table, shapes, validation), *_earlier_cache(cache_dir(cfg))),
     )
     check_room(cfg, plan)
     return replace(plan, notes=(*plan.notes, *doubts(cfg, plan)))
@@ -151,14 +151,10 @@ def count_steps(cfg: Any, epoch: int, total_batch: int) -> int:
     return int(min(epochs, cfg.max_train_steps or math.inf))
 
 
-def _cache_dir(cfg: Any) -> Path:
-    return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
-
-
-def _earlier_cache(cache_dir: Path) -> Iterator[str]:
-    if any(next(cache_dir.glob(f"{kind}/*.safetensors"), None) for kind in ("latents", "masks", "text")):
+def _earlier_cache(folder: Path) -> Iterator[str]:
+    if any(next(folder.glob(f"{kind}/*.safetensors"), None) for kind in ("latents", "masks", "text")):
         yield (
-            f"cache_dir {cache_dir}: files of an earlier version, one for each picture, are not read, and "
+            f"cache_dir {folder}: files of an earlier version, one for each picture, are not read, and "
             "what they hold is made anew; delete */*.safetensors there"
         )
 
@@ -177,8 +173,8 @@ def _check_names(cfg: Any) -> None:
     """Refuse output names that would fail, or leave output_dir, only after hours of training."""
     if cfg.ckpt_name in (".", ".."):
         raise UserError(f'ckpt_name "{cfg.ckpt_name}": names a folder that exists already; choose a name')
-    run, cache_dir = Path(cfg.output_dir) / cfg.ckpt_name, _cache_dir(cfg)
-    if (run / "model_index.json").exists() or run.absolute() == cache_dir.absolute():
+    run = Path(cfg.output_dir) / cfg.ckpt_name
+    if (run / "model_index.json").exists() or run.absolute() == cache_dir(cfg).absolute():
         raise UserError(f"ckpt_name: {run} is a base model's folder or the cache; choose another name")
     for path in (*result_paths(cfg), *word_paths(cfg).values()):
         if len(os.fsencode(path.name)) > LONGEST_NAME:

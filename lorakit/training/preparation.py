@@ -1,6 +1,7 @@
 """The data of a run, ready for the loop: filled caches, training and validation data, the sample sheet."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,12 @@ from lorakit.sampling.encoding import PromptEncoder
 from lorakit.sampling.samplers import sample_images
 from lorakit.training.caches import (
     Cache,
+    NumberedNames,
+    TextNames,
     cache_masks,
     encode_prompts,
     encode_views,
     missing_views,
-    text_names,
 )
 from lorakit.training.class_pictures import make_pictures, shows_class
 from lorakit.training.data import Augmentation, TrainingData
@@ -55,7 +57,7 @@ def prepare(
         settings = cfg.textual_inversion
         base.learn_words(start_vectors(base.tokenizer, base.text_encoder, settings.words, settings.vectors))
     text_encoder = base.text_encoder if encodes_text(cfg) else None
-    prompts = cfg.sample_prompts or tuple(dict.fromkeys(row.caption for row in plan.table.rows))[:2]
+    prompts = cfg.sample_prompts or plan.table.first_captions(2)
     common = (cfg, plan, base, accelerator, between)
     views = training_views(cfg, plan)
     beside = class_data(*common) if shows_class(cfg) else None
@@ -133,41 +135,26 @@ def _cached(
     if cfg.base_loras:
         text_hash += json.dumps(base_loras_record(cfg))
     views = [view for row in rows for view in row]
-    latents, masks, texts = (Shards(plan.cache_dir / kind) for kind in ("latents", "masks", "text"))
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    missing = missing_views(views[share], latents, vae_hash, cfg.cache_dtype)
-    options = {"image_options": {"max_pixels": cfg.max_image_pixels}, "threads": cfg.dataloader_num_workers}
-    options["dtype"] = cfg.cache_dtype
-    quiet = not missing or not accelerator.is_main_process
-    encode = encode_clips if cfg.motion else encode_views
-    encoding = encode(missing, base, latents, vae_hash, **options)
-    for _ in tqdm(encoding, total=len(missing), desc="caching latents", disable=quiet):
-        between()
-    masking = cfg.masked_loss, base.info.vae_factor
-    if cfg.masked_loss:
-        cache_masks(views[share], *masking, masks, options["image_options"])
-    prompts = list(
-        dict.fromkeys(["", *prompts, *(caption for row in table.rows for caption in row.captions)])
-    )
+    prompts = ["", *prompts, *(caption for row in table.rows for caption in row.captions)]
+    prompts = list(dict.fromkeys(prompts))
+    names = None if encodes_text(cfg) else TextNames(base, text_hash, cfg.cache_dtype)
+    kinds = tuple(Shards(plan.cache_dir / kind) for kind in ("latents", "masks", "text"))
+    for share, verify in _shares(accelerator):
+        _fill(cfg, base, accelerator, between, views[share], prompts[share], kinds, vae_hash, names, verify)
+    latents, masks, texts = kinds
     states, ids = None, None
-    if encodes_text(cfg):
+    if names is None:
         ids = dict(zip(prompts, base.tokenize(prompts), strict=True))
     else:
-        names = text_names(prompts, base, text_hash, cfg.cache_dtype)
-        encode_prompts(dict(list(names.items())[share]), base, texts, cfg.cache_dtype)
         states = Cache(texts, names, base.device)
         if cfg.prompt_embeds:
             captions = {caption for row in table.rows for caption in row.captions if caption}
             states.held |= dict.fromkeys(captions, read_states(cfg.prompt_embeds).to(base.device))
-    for shards in (latents, masks, texts):
-        shards.seal()
-    accelerator.wait_for_everyone()
-    for shards in (latents, masks, texts):
-        shards.refresh()  # what the others encoded
+    masking = cfg.masked_loss, base.info.vae_factor
     return TrainingData(
         table,
         shapes,
-        Cache(latents, [view.entry(vae_hash, cfg.cache_dtype) for view in views], base.device),
+        Cache(latents, NumberedNames(view.entry(vae_hash, cfg.cache_dtype) for view in views), base.device),
         [len(row) for row in rows],
         base,
         text_states=states,
@@ -177,9 +164,45 @@ def _cached(
         ),
         num_timesteps=base.scheduler.config.num_train_timesteps,
         seed=cfg.seed,
-        masks=Cache(masks, [mask_entry(view, *masking) for view in views], base.device)
+        masks=Cache(masks, NumberedNames(mask_entry(view, *masking) for view in views), base.device)
         if cfg.masked_loss
         else None,
         class_data=beside,
         carried=Carried(views, cfg, base.info.vae_factor) if cfg.motion and cfg.motion.carried else None,
     )
+
+
+def _shares(accelerator) -> list[tuple[slice, bool]]:
+    """What a process encodes, one after the other, and whether entries that are there are verified.
+
+    Its share; where there are other machines, whose caches it may not see, its share on this one; and what it
+    lacks still.
+    """
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
+    shares = [(slice(rank, None, processes), True)]
+    if here < processes:
+        shares.append((slice(accelerator.local_process_index, None, here), True))
+    return [*shares, (slice(None), False)] if processes > 1 else shares
+
+
+def _fill(cfg, base, accelerator, between, views, prompts, kinds, vae_hash, names, verify) -> None:
+    """Encode what the caches lack, and wait for the other processes."""
+    latents, masks, texts = kinds
+    dtype, image_options = cfg.cache_dtype, {"max_pixels": cfg.max_image_pixels}
+    missing = missing_views(views, latents, vae_hash, dtype, verify)
+    encode = encode_clips if cfg.motion else encode_views
+    options = {"image_options": image_options, "threads": cfg.dataloader_num_workers, "dtype": dtype}
+    quiet = not missing or not accelerator.is_local_main_process
+    encoding = encode(missing, base, latents, vae_hash, **options)
+    for _ in tqdm(encoding, total=len(missing), desc="caching latents", disable=quiet):
+        between()
+    if cfg.masked_loss:
+        cache_masks(views, cfg.masked_loss, base.info.vae_factor, masks, image_options, verify)
+    if names is not None:
+        encode_prompts(prompts, names, base, texts, dtype, verify)
+    for shards in kinds:
+        shards.seal()
+    accelerator.wait_for_everyone()
+    for shards in kinds:
+        shards.refresh()  # what the others encoded

@@ -2,15 +2,23 @@
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+    parse_flag_from_env,
+)
 
 from lorakit.diffusion import lora
 from lorakit.diffusion.frozen import keep_less, leave_casts_to_autocast
 from lorakit.diffusion.models import Base, enable_xformers, set_up_backend
+from lorakit.ground.checkpoints import MANIFEST
 from lorakit.ground.errors import UserError
 from lorakit.training.batch import Batch, SampleKey
 from lorakit.training.data import TrainingData
@@ -18,6 +26,7 @@ from lorakit.training.lcm_config import TEACHER, teacher_loras
 from lorakit.training.objectives import Models, as_function
 from lorakit.training.plan import Plan
 from lorakit.training.words_config import encodes_text, trains_lora
+from lorakit.weights.identity import file_sha256
 
 
 def resolve_precision(mixed_precision: str) -> str:
@@ -100,26 +109,57 @@ def adapter_options(cfg: Any, part: str) -> dict[str, Any]:
     }
 
 
-def start_processes(cfg: Any, plan: Plan, trackers: list[Any]) -> Accelerator:
+def start_processes(cfg: Any, plan: Plan, trackers: list[Any], resume: Path | None = None) -> Accelerator:
     """accelerate's handle on device, precision and the other processes.
 
+    Args:
+        resume: the checkpoint that the run goes on from.
+
     Raises:
-        UserError: other processes than the launcher named, or fp16 on a CPU.
+        UserError: other processes than the launcher named, of another run, or fp16 on a CPU.
     """
     precision = resolve_precision(cfg.mixed_precision)
     # Buffers are constants. Were they sent around before each pass, processes of which one has no sample with
     # a term of its own, and so a pass less, would wait for each other for ever.
     alone = DistributedDataParallelKwargs(broadcast_buffers=False)
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # while one caches longer than the others
     options: dict[str, Any] = {"log_with": trackers or None, "project_dir": cfg.log_dir}
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[alone], **options)
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[alone, patient], **options)
     if accelerator.num_processes != plan.world_size:
         raise UserError(
             f"the launcher names {plan.world_size} processes, {accelerator.num_processes} arrived"
         )
+    if accelerator.num_processes > 1:
+        _check_same_run(plan, resume)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError('mixed_precision "fp16" needs a GPU: take "no" or "bf16" on a CPU')
     set_up_backend(accelerator.device.type, allow_tf32=cfg.allow_tf32, deterministic=cfg.deterministic)
     return accelerator
+
+
+def _check_same_run(plan: Plan, resume: Path | None) -> None:
+    """Refuse processes that would train different runs, as other machines may have other files.
+
+    Raises:
+        UserError: says on which processes what is not as on the first.
+    """
+    own = {
+        "other pictures or captions": plan.table.fingerprint,
+        "another plan": [plan.steps, plan.total_batch, plan.resolution],
+        "another checkpoint to go on from": resume and [resume.name, file_sha256(resume / MANIFEST)],
+    }
+    first, *others = gather_object([own])
+    lines = [
+        f"process {number}: {what}"
+        for number, other in enumerate(others, 1)
+        for what in own
+        if other[what] != first[what]
+    ]
+    if lines:
+        raise UserError(
+            f"the processes are not of one run, compared with process 0:\n  {', '.join(lines)}\n"
+            "give all machines the same config and pictures, and to go on the same output_dir or a copy of it"
+        )
 
 
 class Learner:

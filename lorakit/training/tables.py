@@ -1,15 +1,19 @@
 """The checked pictures of a config: of a folder, of a Hugging Face dataset, or clips. No torch here."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorakit.ground.errors import UserError
-from lorakit.pictures.captions import Stored
 from lorakit.pictures.folder import Table, read_folder, read_rows
+from lorakit.pictures.inspection import file_marks
 from lorakit.pictures.wording import with_repeats, with_wording
 from lorakit.training.motion_config import read_films
+
+
+def cache_dir(cfg: Any) -> Path:
+    """The folder of a config's caches."""
+    return Path(cfg.cache_dir or Path(cfg.output_dir) / "cache")
 
 
 def folder_options(cfg: Any) -> dict[str, Any]:
@@ -24,7 +28,8 @@ def folder_options(cfg: Any) -> dict[str, Any]:
         "max_image_pixels",
         "max_aspect",
     )
-    return {key: getattr(cfg, key) for key in keys} | {"masks": cfg.masked_loss == "beside"}
+    more = {"masks": cfg.masked_loss == "beside", "remember_in": cache_dir(cfg) / "seen"}
+    return {key: getattr(cfg, key) for key in keys} | more
 
 
 def read_table(cfg: Any) -> Table:
@@ -72,7 +77,23 @@ def _load_dataset(cfg: Any) -> Any:
     return dataset[cfg.dataset_split] if isinstance(dataset, datasets.DatasetDict) else dataset
 
 
-def _dataset_records(cfg: Any) -> Iterator[tuple[str, Stored, Any]]:
+class _Picture(NamedTuple):
+    """A picture of a data set, fetched when it is called; `files` are the marks of all that it lies in."""
+
+    pictures: Any
+    column: str
+    number: int
+    files: str | None
+
+    def __call__(self) -> bytes:
+        image: dict[str, Any] = self.pictures[self.number][self.column] or {"bytes": b""}
+        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+    def marks(self) -> tuple[object, ...] | None:
+        return None if self.files is None else (self.files, self.column, self.number)
+
+
+def _dataset_records(cfg: Any) -> Iterator[tuple[str, _Picture, Any]]:
     """(name, picture, caption) of each row of a Hugging Face dataset, whose pictures stay on the disk."""
     import datasets
 
@@ -94,9 +115,15 @@ def _dataset_records(cfg: Any) -> Iterator[tuple[str, Stored, Any]]:
     except Exception as error:  # arrow and datasets raise their own kinds
         raise UserError(f"{where}: image_column {cfg.image_column} holds no pictures ({error})") from None
 
-    def picture(number: int) -> bytes:
-        image: dict[str, Any] = pictures[number][cfg.image_column] or {"bytes": b""}
-        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-
+    files = _marks(pictures, cfg.image_column)
     for number, record in enumerate(dataset.select_columns([caption])):
-        yield f"row {number}", partial(picture, number), record[caption]
+        yield f"row {number}", _Picture(pictures, cfg.image_column, number, files), record[caption]
+
+
+def _marks(pictures: Any, column: str) -> str | None:
+    """Of the files that hold the pictures of a data set; None where some lie in files of their own."""
+    alone = sum(chunk.field("bytes").null_count for chunk in pictures.data.column(column).chunks)
+    marks = [file_marks(file["filename"]) for file in pictures.cache_files]
+    if alone or not marks or None in marks:
+        return None
+    return f"{pictures._fingerprint} {marks}"

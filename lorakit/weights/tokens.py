@@ -44,7 +44,10 @@ def overlong(info: BaseInfo, texts: Sequence[str], tokenizer: Any = None) -> lis
         return []
     backend, length = read_tokenizer(info, tokenizer)
     limit, found = int(min(length, info.max_tokens)), []
+    room = limit - len(backend.encode("").ids)
     for index, text in enumerate(texts):
+        if text.isascii() and len(text) <= room:  # a token has a letter at least
+            continue
         encoding = backend.encode(text)
         if len(encoding.ids) > limit:
             start, _ = encoding.offsets[limit - 1]  # the last that is read is the mark of the end

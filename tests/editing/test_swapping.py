@@ -35,11 +35,11 @@ def embeds(count, seed):
     return torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def desk(tiny_unet):
-    """(denoiser, source) of a picture inverted under a prompt of its own."""
+@pytest.fixture(scope="module", params=["ddim", "ab2"])
+def desk(request, tiny_unet):
+    """(denoiser, source) of a picture inverted under a prompt of its own, by each solver."""
     with torch.no_grad():
-        denoiser, grid = Denoiser(tiny_unet(), SCHEDULE), SCHEDULE.grid(STEPS)
+        denoiser, grid = Denoiser(tiny_unet(), SCHEDULE), SCHEDULE.grid(STEPS, request.param)
         row = Rows(embeds(1, 0), embeds(1, 1), torch.zeros(1, 0))
         clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
         found = [clean, *inversion.invert(clean, grid, lambda x, t: denoiser(x, t, row))]

@@ -69,7 +69,7 @@ def test_a_picture_is_seen_as_in_training(pictures, shape):
         image = load_image(path)
         seen = read_picture(str(path), shape)
         assert seen.size == shape
-        row = Row(path, path.name, "", image.width, image.height, "", "metadata.jsonl:1")
+        row = Row(str(path), path.name, "", image.width, image.height, "", "metadata.jsonl:1")
         assert (to_array(seen) == View(row, shape).pixels(image)).all()
 
 

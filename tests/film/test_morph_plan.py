@@ -150,7 +150,7 @@ def test_check_prints_the_plan_and_writes_nothing(morph_settings, fitted, tmp_pa
     assert morph.main([*morph_settings(count=3, loras=(True, False, True)), "--check"]) == 0
     text = capsys.readouterr().out
     assert text.count("\npicture ") == 3 and str(fitted[0]) in text and "no LoRA" in text
-    assert "'a photo of mountains 2'" in text and "9 of 16x16" in text and "evaluations (inversion 18" in text
+    assert "'a photo of mountains 2'" in text and "9 of 16x16" in text and "evaluations (inversion 21" in text
     assert "MB in float32" in text and "is cut to 16x16" in text
     assert list(tmp_path.iterdir()) == []
 

@@ -72,7 +72,8 @@ class Film:
         ends=None,
         **settings,
     ):
-        self.grid, self.settings = SCHEDULE.grid(n), Settings(**settings)
+        self.settings = Settings(**settings)
+        self.grid = SCHEDULE.grid(n, self.settings.solver)
         self.ends = make_ends(unet, n) if ends is None else ends
         unet = copy.deepcopy(unet)
         self.lies, self.inside = positions_to_rows(positions, 3)

@@ -1,7 +1,9 @@
 """Shards: what was written is read, and what is damaged, cut short or another version's is not."""
 
 import os
+import random
 import signal
+import tracemalloc
 
 import pytest
 from test_publish import exit_code_of_child
@@ -180,3 +182,41 @@ def test_a_kill_in_any_write_costs_what_was_being_written(tmp_path):
         assert left == set(range(1, len(left) + 1)) and len(list(folder.iterdir())) == 10
     counts = sorted(len(there(folder)) for folder in tmp_path.iterdir())
     assert counts[0] >= 30 and counts[-1] <= 45  # the farthest kill of each folder tells
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reads_are_those_of_a_table_whatever_was_written_when(tmp_path, monkeypatch, seed):
+    """Among them names that end in zeros, entries written twice, and files beyond those that stay open."""
+    for limit, value in {"_RECENT": 3, "_OPEN": 2, "SHARD_BYTES": 300}.items():
+        monkeypatch.setattr(module, limit, value)
+    rng, table, shards = random.Random(seed), {}, Shards(tmp_path)
+    names = [bytes([1, each]) + bytes(18) for each in range(8)] + [bytes([1]) + bytes(18) + b"x"]
+    for _ in range(120):
+        match rng.choice(["write", "write", "write", "refresh", "seal", "another"]):
+            case "write":
+                some = rng.choice(names)
+                table[some] = rng.randbytes(rng.randrange(60))
+                shards.write(some, table[some])
+            case "refresh":
+                shards.refresh()
+            case "seal":
+                shards.seal()
+            case "another":
+                shards.seal()
+                shards = Shards(tmp_path)
+        assert shards.names == table.keys() and bytes(20) not in shards
+        some = rng.choice(names)
+        assert shards.read(some) == table.get(some) and (some in shards) == (some in table)
+    assert len(list(tmp_path.iterdir())) > 3
+
+
+def test_an_entry_costs_few_bytes_of_memory(tmp_path):
+    count = 20_000
+    written(tmp_path, range(count))
+    tracemalloc.start()
+    shards = Shards(tmp_path)
+    held = tracemalloc.get_traced_memory()[0]
+    table = {each: (shards.folder, 1 << 40, 1 << 20) for each in shards.names}
+    dearer = tracemalloc.get_traced_memory()[0] - held
+    tracemalloc.stop()
+    assert held / count < 50 < dearer / len(table)

@@ -1,10 +1,12 @@
 """Every fault of a folder of pictures is found before training, with its file and line; D1 to D17."""
 
+import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -520,7 +522,7 @@ def test_rows_from_elsewhere_pass_the_same_checks(tmp_path):
 
 
 def test_a_row_needs_a_source():
-    empty = Row(path=None, name="a", caption="", width=1, height=1, sha256="", line="")
+    empty = Row(file=None, name="a", caption="", width=1, height=1, sha256="", line="")
     with pytest.raises(AssertionError):
         _ = empty.source
     assert Table((empty,), (), "").fingerprint != Table((), (), "").fingerprint
@@ -529,3 +531,16 @@ def test_a_row_needs_a_source():
 def test_importing_folder_imports_no_torch():
     code = "import sys, lorakit.pictures.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_fingerprint_is_that_of_the_checkpoints_there_are(root):
+    rows = [replace(row, repeats=1 + number) for number, row in enumerate(read_folder(root).rows)]
+    rows[0] = replace(rows[0], others=("ein Bär", "\u2028"), mask=root / "m.png", mask_sha256="ab")
+    pairs = [
+        [row.sha256, *row.captions, *([row.repeats] if row.repeats != 1 else [])]
+        + ([["mask", row.mask_sha256]] if row.mask else [])
+        for row in rows
+    ]
+    whole = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    assert Table(tuple(rows), (), "").fingerprint == whole
+    assert Table((), (), "").fingerprint == hashlib.sha256(b"[]").hexdigest()

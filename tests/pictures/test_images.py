@@ -15,6 +15,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from lorakit.ground.errors import OutputError
+from lorakit.pictures import images
 from lorakit.pictures.images import (
     ImageError,
     crop,
@@ -432,3 +433,49 @@ def test_a_missing_folder_is_an_output_error(tmp_path):
 def test_importing_images_imports_no_torch():
     code = "import sys, lorakit.pictures.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def jpeg(**options) -> bytes:
+    pixels, content = np.random.default_rng(0).integers(0, 256, (23, 37, 3), np.uint8), io.BytesIO()
+    Image.fromarray(pixels).convert(options.pop("mode", "RGB")).save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("options", "short"),
+    [
+        ({}, True),
+        ({"progressive": True}, True),
+        ({"mode": "L", "comment": b"hills"}, True),
+        ({"icc_profile": b"x" * 3000, "restart_marker_rows": 1}, True),
+        ({"mode": "CMYK"}, False),
+        ({"exif": turned()}, False),
+        ({"xmp": b"<x:xmpmeta tiff:Orientation='6'/>"}, False),
+    ],
+)
+def test_the_short_way_to_the_size_of_a_jpeg_tells_what_pillow_does(options, short, monkeypatch):
+    """Of the whole file and of every cut of it."""
+    content = jpeg(**options)
+    assert (images._jpeg_size(content) is not None) == short
+
+    def told(data):
+        try:
+            return image_size(data)
+        except ImageError as error:
+            return str(error)
+
+    parts = [content[:end] for end in (*range(0, min(len(content), 900), 3), len(content))]
+    short_way = [told(part) for part in parts]
+    monkeypatch.setattr(images, "_jpeg_size", lambda _: None)
+    assert short_way == [told(part) for part in parts] and short_way[-1] in ((37, 23), (23, 37))
+
+
+def test_a_jpeg_over_the_limit_is_refused_whichever_way(monkeypatch):
+    with pytest.raises(ImageError, match="37x23 is over 100 pixels"):
+        image_size(jpeg(), max_pixels=100)

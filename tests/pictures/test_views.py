@@ -1,7 +1,5 @@
 """Buckets, shapes and the names of cache entries."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +9,7 @@ from lorakit.pictures.views import View, assign_shapes, bucket_shapes, views_of
 
 
 def make_row(sha256: str = "a" * 64, name: str = "x.png") -> Row:
-    return Row(path=Path(name), name=name, caption="a", width=200, height=100, sha256=sha256, line="x.txt")
+    return Row(file=name, name=name, caption="a", width=200, height=100, sha256=sha256, line="x.txt")
 
 
 @pytest.mark.parametrize(("resolution", "multiple"), [(512, 64), (768, 64), (128, 32), (64, 64), (200, 8)])

@@ -188,7 +188,7 @@ def test_exact_methods_are_exact_on_any_base_at_any_guidance(pipe, pictures, met
         assert relative(pipe.reconstruct(ddim), clean) > 0.1
 
 
-@pytest.mark.parametrize("method", ["ddim", "fixed_point", "obelm", "anchored"])
+@pytest.mark.parametrize("method", ["ddim", "ab2", "fixed_point", "obelm", "anchored"])
 def test_one_step_is_enough_for_every_method(pipe, pictures, method):
     (found,) = pipe.invert(pictures / "0.png", PROMPT, 1, method=method)
     clean = pipe.encode_image(pictures / "0.png")
@@ -196,15 +196,16 @@ def test_one_step_is_enough_for_every_method(pipe, pictures, method):
     assert relative(pipe.reconstruct(found), clean) < 0.1
 
 
-def test_a_fixed_point_spends_more_and_reconstructs_better_on_a_photograph(miniature):
+def test_a_fixed_point_spends_more_and_ab2_does_not_and_both_reconstruct_a_photograph_better(miniature):
     path, prompt = MOUNTAIN
     clean = miniature.encode_image(path)
     errors = {}
-    for method, iterations in (("ddim", None), ("fixed_point", None)):
-        (found,) = miniature.invert(path, prompt, 15, method=method, iterations=iterations)
+    for method in ("ddim", "ab2", "fixed_point"):
+        (found,) = miniature.invert(path, prompt, 15, method=method)
         errors[method] = relative(miniature.reconstruct(found), clean), found.evaluations
     assert errors["fixed_point"][0] < 0.5 * errors["ddim"][0]
     assert errors["ddim"][1] == 15 < errors["fixed_point"][1] <= 15 * 5
+    assert errors["ab2"][0] < 0.5 * errors["ddim"][0] and errors["ab2"][1] == 16
 
 
 def test_null_text_gives_negative_embeddings_for_each_step(pipe, pictures):
@@ -373,7 +374,7 @@ def test_faults_are_explained_with_their_remedy(pipe, pictures, loras, tmp_path)
         (dict(adapter_weights={"c": 1.0}), r"no adapter 'c'; loaded are \['a', 'b'\]"),
         (dict(adapter_weights=[{"a": 1.0}, {}]), "1 pictures, 1 prompts and 2 adapter weights: give one"),
         (dict(prompt=["x", "y"]), "1 pictures, 2 prompts and 1 adapter weights"),
-        (dict(method="magic"), "method 'magic': choose one of ddim, fixed_point"),
+        (dict(method="magic"), "method 'magic': choose one of ddim, ab2, fixed_point"),
         (dict(method="null_text"), "null_text .* guidance_scale 1 does not use; raise it"),
         (dict(n_steps=0), "takes 1 to 999"),
         (dict(n_steps=1000), "takes 1 to 999"),

@@ -73,6 +73,7 @@ def test_evaluations_are_counted_and_exact_methods_score_better(arguments, tmp_p
     rows = {(row["method"], row["guidance_scale"]): row for row in report["rows"]}
     spent = {key: (row["inversion_evaluations"], row["sampling_evaluations"]) for key, row in rows.items()}
     assert spent["ddim", 1] == (4, 4) and spent["ddim", 3] == (8, 8)
+    assert spent["ab2", 1] == (5, 4) and spent["ab2", 3] == (10, 8)
     assert spent["obelm", 1] == (4, 3) and spent["anchored", 3] == (8, 16)
     assert 4 < spent["fixed_point", 1][0] <= 4 * 5 and spent["fixed_point", 1][1] == 4
     assert 8 < spent["null_text", 3][0] <= 4 + 4 * 12 and spent["null_text", 3][1] == 8
@@ -107,7 +108,7 @@ def test_a_picture_may_be_named_alone_and_then_the_mountain_s_prompt_is_not_its_
     assert str(path) in out and "prompt and negative_prompt are the same" in out
     assert invert.main(["--check"]) == 0
     out = capsys.readouterr().out
-    assert "dataset/mountain/mountain.jpg at 128x128, 9 inversions in 50 steps" in out and "note" not in out
+    assert "dataset/mountain/mountain.jpg at 128x128, 11 inversions in 50 steps" in out and "note" not in out
     odd = tmp_path / "a=b.png"
     Image.new("RGB", (20, 20)).save(odd)
     assert invert.main([str(odd), "--check"]) == 0 and str(odd) in capsys.readouterr().out
@@ -198,7 +199,7 @@ def test_wrong_inputs_give_one_message_and_exit_code_2(arguments, tmp_path, capf
         (dict(width=32), "width, height: give both or neither"),
         (dict(width=33, height=33), "both must divide by the VAE's factor, 2"),
         (dict(width=8, height=16), "must be an integer >= 16"),
-        (dict(methods=["ddin"]), '"ddim", "fixed_point"'),
+        (dict(methods=["ddin"]), '"ddim", "ab2", "fixed_point"'),
         (dict(methods=["null_text"], guidance_scales=[1.0]), "null_text needs a guidance above 1"),
         (dict(guidance_scales=[]), "length >= 1"),
         (dict(guidance_scales=[0.5]), ">= 1"),

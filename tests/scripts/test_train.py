@@ -1,12 +1,14 @@
 """train_lora.py on a tiny base: what it writes, that options do what they say, that runs equal each other."""
 
 import hashlib
+import io
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -374,6 +376,25 @@ def test_a_hugging_face_dataset_trains_like_the_folder(trained, settings, pictur
     assert relative_difference(hub, folder) == 0
     with pytest.raises(UserError, match="its columns are picture, says"):
         train_lora.main(settings(data_dir=None, dataset_name=str(tmp_path / "saved"), overwrite=True))
+
+
+def test_tar_files_train_like_the_folder_and_are_resumed_to_the_same_bytes(
+    trained, settings, pictures, tmp_path
+):
+    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    (tmp_path / "data").mkdir()
+    for number, some in enumerate((lines[:3], lines[3:])):
+        with tarfile.open(tmp_path / f"data/{number}.tar", "w") as archive:
+            for line in some:
+                archive.add(pictures / line["file_name"], line["file_name"])
+                info = tarfile.TarInfo(Path(line["file_name"]).with_suffix(".txt").name)
+                info.size = len(line["text"].encode())
+                archive.addfile(info, io.BytesIO(line["text"].encode()))
+    tars = {"data_dir": str(tmp_path / "data")}
+    straight = trained(**tars)
+    assert relative_difference(straight, trained(output_dir=str(tmp_path / "folder"))) == 0
+    stopped = config_of(settings(**tars, output_dir=str(tmp_path / "stopped")))
+    assert sha(run_with_stop(stopped, 3)) == sha(straight)
 
 
 # ---- best, early stop ----

@@ -13,11 +13,11 @@ from lorakit.pictures.folder import read_folder
 from lorakit.pictures.views import views_of
 from lorakit.training.caches import (
     Cache,
+    TextNames,
     encode_prompts,
     encode_views,
     missing_views,
     rows_together,
-    text_names,
     write_entry,
 )
 from lorakit.training.data import Augmentation, TrainingData
@@ -40,8 +40,8 @@ def moments_of(view, cache_dir) -> torch.Tensor:
 
 
 def text_states(prompts, base, cache_dir) -> Cache:
-    names, shards = text_names(prompts, base, "text"), Shards(cache_dir)
-    encode_prompts(names, base, shards)
+    names, shards = TextNames(base, "text"), Shards(cache_dir)
+    encode_prompts(prompts, names, base, shards)
     return Cache(shards, names, CPU)
 
 
@@ -169,10 +169,10 @@ def test_a_shorter_dtype_takes_half_the_disk_and_only_rounds(base, pictures, tmp
     views, prompts = [views_of(row, (16, 16))[0] for row in read_folder(pictures).rows], ["mountains", ""]
     read = {}
     for each in ("float32", dtype):  # one cache: entries of two dtypes do not meet
-        shards, names = Shards(tmp_path), text_names(prompts, base, "text", each)
+        shards, names = Shards(tmp_path), TextNames(base, "text", each)
         assert len(missing_views(views, shards, "vae", each)) == len(views)
         list(encode_views(views, base, shards, "vae", image_options={}, dtype=each))
-        encode_prompts(names, base, shards, each)
+        encode_prompts(prompts, names, base, shards, each)
         shards.seal()
         moments = [Cache(shards, [view.entry("vae", each)], CPU)[0] for view in views]
         read[each] = [*moments, *(Cache(shards, names, CPU)[prompt] for prompt in prompts)]

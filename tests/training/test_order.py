@@ -3,26 +3,44 @@
 import json
 import math
 import random
+import tracemalloc
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small import settings_of
 
+from lorakit.ground import randomness
 from lorakit.ground.config import load_config
 from lorakit.training.config import TrainConfig
 from lorakit.training.forecast import describe_plan
 from lorakit.training.order import (
     ABSENT,
-    bucket_order,
+    SampleOrder,
+    bucket_steps,
     count_showings,
-    epoch_order,
+    epoch_steps,
     holds_steps,
-    sample_order,
     split_step,
 )
 from lorakit.training.plan import make_plan
+
+
+def sample_order(seed, *args, **run) -> np.ndarray:
+    """All steps of a run, (steps, total_batch)."""
+    return np.array([*SampleOrder(seed, *args, **run)])
+
+
+def bucket_order(seed, buckets, total_batch, steps) -> np.ndarray:
+    return np.array([*map(bucket_steps(seed, buckets, total_batch), range(steps))])
+
+
+def epoch_order(seed, buckets, repeats, total_batch, steps) -> np.ndarray:
+    return np.array([*map(epoch_steps(seed, buckets, repeats, total_batch), range(steps))])
+
 
 # ---- steps of one bucket ----
 
@@ -147,6 +165,107 @@ def test_steps_of_one_bucket_would_break_that_promise():
     """The negative control: the twelve aspects of which four were never shown."""
     order = bucket_order(0, range(12), 8, 6)
     assert np.bincount(order.ravel(), minlength=12).tolist().count(0) >= 4
+
+
+# ---- piece by piece ----
+
+
+def whole_order(seed, buckets, repeats, total_batch, steps, showings) -> np.ndarray:
+    """The order as it was made at once, in lists of the whole run, when files of these bytes were trained."""
+    groups = [[row for row, each in enumerate(buckets) if each == bucket] for bucket in sorted(set(buckets))]
+    if len(set(repeats)) == 1 and min(map(len, groups)) >= total_batch:
+        order = [*islice(whole_buckets(seed, groups, total_batch), steps * total_batch)]
+    else:
+        times = [each // math.gcd(*repeats) for each in repeats]
+        groups = [[row for row in group for _ in range(times[row])] for group in groups]
+        order = [*islice(whole_epochs(seed, groups, total_batch), steps * total_batch)]
+    return np.array(order[:showings] + [ABSENT] * (len(order) - showings)).reshape(steps, total_batch)
+
+
+def whole_buckets(seed, groups, total_batch):
+    def epochs(number, group):
+        for epoch in count():
+            drawn = randomness.generator(seed, "order", number, epoch)
+            yield from (group[place] for place in torch.randperm(len(group), generator=drawn))
+
+    chains = [epochs(number, group) for number, group in enumerate(groups)]
+    sizes = np.array([len(group) for group in groups])
+    share, taken = sizes / sizes.sum(), np.zeros(len(groups))
+    for step in count():
+        turn = int(np.argmax(share * (step + 1) - taken))
+        taken[turn] += 1
+        yield from islice(chains[turn], total_batch)
+
+
+def whole_epochs(seed, groups, total_batch):
+    def shuffled(items, stream, *index):
+        draw = np.random.default_rng(randomness.derive_seed(seed, f"order, {stream}", *index))
+        return [items[i] for i in np.argsort(draw.random(len(items)), kind="stable")]
+
+    size = sum(map(len, groups))
+    for epoch in count():
+        whole, rest = [], []
+        for number, group in enumerate(groups):
+            rows = shuffled(group, "rows", number, epoch)
+            cut = len(rows) // total_batch * total_batch
+            whole += [rows[start : start + total_batch] for start in range(0, cut, total_batch)]
+            rest += rows[cut:]
+        whole = shuffled(whole, "steps", epoch)
+        head = -epoch * size % total_batch
+        if head > len(rest) and whole:
+            rest += whole.pop()
+        yield from rest[:head]
+        for rows in whole:
+            yield from rows
+        yield from rest[head:]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_of_random_data_sets_the_pieces_are_those_of_the_whole_order(seed):
+    rng = random.Random(seed)
+    data = random_set(rng)
+    samples = data.pop("epochs") * sum(data["repeats"])
+    steps = math.ceil(samples / data["total_batch"])
+    run = data | {"steps": steps, "showings": samples}
+    order, whole = SampleOrder(seed, **run), whole_order(seed, **run)
+    np.testing.assert_array_equal(np.array([*order]), whole)
+    assert len(order) == steps
+    for step in rng.choices(range(steps), k=8):  # as a resumed run, or one that looks back, asks for them
+        np.testing.assert_array_equal(order[step], whole[step])
+        np.testing.assert_array_equal(SampleOrder(seed, **run)[step], whole[step])
+    if len(data["buckets"]) > 8:  # so few have few orders
+        assert not np.array_equal(np.array([*order]), whole_order(seed + 1, **run))
+
+
+@pytest.mark.parametrize("step", [-1, 5])
+def test_a_step_that_the_run_has_not_is_refused(step):
+    with pytest.raises(IndexError, match=f"step {step} of 5"):
+        SampleOrder(0, ["a"], [1], 1, 5, 5)[step]
+
+
+def peak_of(walk) -> int:
+    """Bytes that a call holds at most, beyond what was there."""
+    tracemalloc.start()
+    walk()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("repeats", [[1] * 200, [1] * 199 + [2]])
+def test_an_order_holds_no_more_however_long_the_run(repeats):
+    buckets = ["a", "b"] * 100
+
+    def walk(steps):
+        order = SampleOrder(0, buckets, repeats, 4, steps, 4 * steps)
+        return lambda: sum(len(order[step]) for step in range(steps))
+
+    def whole(steps):
+        return lambda: whole_order(0, buckets, repeats, 4, steps, 4 * steps)
+
+    walk(200)()  # what is imported and cached once
+    assert peak_of(walk(2000)) - peak_of(walk(100)) < 4_000
+    assert peak_of(whole(2000)) - peak_of(whole(100)) > 60_000
 
 
 # ---- passes ----

@@ -1,5 +1,8 @@
 """What a plan says, against what then happens."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,10 @@ from lorakit.diffusion.lora import add_lora
 from lorakit.diffusion.models import Base
 from lorakit.ground.config import load_config
 from lorakit.ground.process import launched_processes
+from lorakit.ground.shards import Shards
 from lorakit.training.config import TrainConfig
-from lorakit.training.forecast import activation_bytes, describe_plan, lora_parameters
-from lorakit.training.plan import make_plan
+from lorakit.training.forecast import activation_bytes, cache_bytes, describe_plan, lora_parameters
+from lorakit.training.plan import make_plan, training_views
 from lorakit.weights.base import inspect_base
 
 
@@ -89,6 +93,21 @@ def test_the_cache_line_counts_what_is_there(trained, settings):
     assert "4 of 4 latents" in describe_plan(cfg, make_plan(cfg))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_size_of_the_cache_is_told(trained, settings, tmp_path, dtype):
+    changes = {"cache_dtype": dtype, "random_flip": True, "resolution": 64, "sample_prompts": []}
+    cfg = config_of(settings(**changes))
+    plan = make_plan(cfg)
+    views = [view for row in training_views(cfg, plan) for view in row]
+    told = cache_bytes(cfg, plan, [view.shape for view in views])
+    trained(**changes, max_train_steps=1)
+    for kind, size in zip(("latents", "text"), told, strict=True):
+        cache = Shards(tmp_path / "cache" / kind)
+        held = sum(len(cache.read(name) or b"") for name in cache.names)
+        assert size < held < size + 150 * len(cache.names)
+    assert f"the cache of all takes {told[0] / 1e6:.1f} MB" in describe_plan(cfg, plan)
+
+
 def test_buckets_are_shown(settings):
     cfg = config_of(settings(aspect_ratio_buckets=True, resolution=32))
     text = describe_plan(cfg, make_plan(cfg))
@@ -96,8 +115,6 @@ def test_buckets_are_shown(settings):
 
 
 def test_long_captions_are_shown_with_what_is_lost(settings, pictures, tmp_path):
-    import shutil
-
     folder = shutil.copytree(pictures, tmp_path / "long")
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("mountains 0", "a photo of mountains " * 20 + "meadow"))
@@ -136,3 +153,43 @@ def test_pictures_of_a_dataset_stay_on_the_disk(tmp_path):
     size = sum(map(len, contents))
     assert size > 7e6 and kept < 0.1 * size and peak < 0.5 * size and held > size
     assert table.rows[7].caption == "7" and len(table.rows) == 40
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_pictures_of_a_dataset_are_looked_at_once_unless_they_lie_beside_it(
+    pictures, tmp_path, monkeypatch, embedded
+):
+    import datasets
+
+    from lorakit.pictures import inspection
+    from lorakit.training.tables import read_table
+
+    def save(numbers):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        images, texts = [pictures / f"{number}.png" for number in numbers], list(map(str, numbers))
+        if embedded:
+            records = {"image": [Image.open(path) for path in images], "text": texts}
+            datasets.Dataset.from_dict(records).save_to_disk(str(tmp_path / "data"))
+            return
+        (tmp_path / "data").mkdir()
+        for path, text in zip(images, texts, strict=True):
+            shutil.copy(path, tmp_path / "data")
+            with open(tmp_path / "data/metadata.jsonl", "a") as file:
+                print(json.dumps({"file_name": path.name, "text": text}), file=file)
+
+    def read():
+        looked_at.clear()
+        where = {"dataset_name": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache")}
+        return read_table(TrainConfig(ckpt_name="x", n_epochs=1, **where))
+
+    looked_at, real = [], inspection._inspected
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setattr(inspection, "MANY", 1)
+    monkeypatch.setattr(inspection, "_SETTLED", 0)
+    monkeypatch.setattr(inspection, "_inspected", lambda *args: looked_at.append(args) or real(*args))
+    save([0, 1, 2])
+    first = read()
+    assert len(looked_at) == 3
+    assert read().fingerprint == first.fingerprint and len(looked_at) == (0 if embedded else 3)
+    save([0, 3, 2])
+    assert read().fingerprint != first.fingerprint and len(looked_at) == 3
