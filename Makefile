@@ -29,10 +29,8 @@ check: .venv/dev           ## lint, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 
-bench: .venv/run           ## time a training step, a morph and a picture against other ways
-	$(PY) benchmarks/train.py
-	$(PY) benchmarks/morph.py
-	$(PY) benchmarks/style.py
+bench: .venv/run           ## time a step, a morph and a picture against other ways, and against docs/SPEED.md
+	$(PY) benchmarks/bench.py
 
 figures: .venv/run         ## the numbers and pictures of README and docs anew: hours, goes on where it was stopped
 	$(PY) benchmarks/figures.py

@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks import figure_parts, objective_figures  # noqa: E402
+from benchmarks import bench_figures, figure_parts, objective_figures  # noqa: E402
 from benchmarks.figure_parts import Command  # noqa: E402
 from lorakit.ground.publish import publish_file  # noqa: E402
 from lorakit.weights.base import inspect_base  # noqa: E402
@@ -39,7 +39,7 @@ OUT = ROOT / "out/figures"
 KEPT = ROOT / "docs/figures"
 PAGES = (ROOT / "README.md", ROOT / "miniature/README.md", *sorted(ROOT.glob("docs/*.md")))
 BASE = "ckpt/miniature"
-PARTS = figure_parts.PARTS | objective_figures.PARTS
+PARTS = figure_parts.PARTS | objective_figures.PARTS | {"bench": bench_figures.BENCH}
 REGION = re.compile(r"<!-- figure (\w+)\.(\w+) -->(.*?)<!-- end -->", re.S)
 
 
