@@ -3,8 +3,8 @@
     python benchmarks/bench.py      # or `make bench`: some seven minutes on two slow cores
 
 One round of each; `python benchmarks/figures.py bench` takes more and keeps what comes out. Seconds are those
-of a machine, and of what else it does: look at the ratios of two ways first. Prints a table of committed, now,
-and now over committed, and one JSON line last.
+of a machine, and of what else it does: look at the ratios of two ways first. Prints committed, now and
+now over committed, and one JSON line last.
 """
 
 import json
