@@ -108,6 +108,7 @@ def short_morph(base: Path, pictures: Path, loras: Mapping[int, Path], count: in
         train_if_missing=False,
         frames=5,
         num_inference_steps=6,
+        inversion_method="ab2",
         probe_steps=3,
         probe_points=5,
         name="film",

@@ -77,12 +77,11 @@ def test_the_picture_s_own_prompt_gives_its_round_trip_to_the_bit_at_any_guidanc
     base = Base(inspect_base(str(tiny_base)))
     latents = encode_picture(base, read_picture(pictures / "0.png", (16, 16)))
     trip = np.asarray(decode_picture(base, latents[0]), np.int16)
-    folder = run(
-        target_prompt=OWN,
-        **{"grid": {"guidance_scale": [1, 3], "start": [0, 0.5], "solver": ["ddim", "ab2"]}},
-    )
-    assert len(pictures_in(folder)) == 8
-    assert all((found == trip).all() for found in pictures_in(folder))
+    for solver in ("ddim", "ab2"):
+        grid = {"guidance_scale": [1, 3], "start": [0, 0.5]}
+        folder = run(target_prompt=OWN, name=solver, **{"grid": grid, "solver": solver})
+        assert len(pictures_in(folder)) == 4
+        assert all((found == trip).all() for found in pictures_in(folder))
     assert distance(pictures_in(run(name="other"))[0], trip) > ONE_LEVEL
 
 
