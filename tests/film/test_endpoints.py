@@ -178,14 +178,16 @@ def prepared(opened_, folder: Path, calls: list, **changes):
     return ends, denoiser, names, latents
 
 
-def test_each_picture_is_inverted_alone_under_its_own_conditions(opened, tmp_path):
-    state = opened(count=3, loras=(True, False, True))
+@pytest.mark.parametrize("method", ["ddim", "ab2"])
+def test_each_picture_is_inverted_alone_under_its_own_conditions(opened, tmp_path, method):
+    state = opened(count=3, loras=(True, False, True), inversion_method=method)
     cfg, _, base, adapters = state
     calls: list = []
     ends, denoiser, names, latents = prepared(state, tmp_path, calls)
     steps = cfg.num_inference_steps
-    assert ends.trajectory.shape[:2] == (steps + 1, 3) and denoiser.evaluations == len(calls) == 3 * steps
-    grid = denoiser.schedule.grid(steps)
+    spent = 3 * (steps + (method == "ab2"))
+    assert ends.trajectory.shape[:2] == (steps + 1, 3) and denoiser.evaluations == len(calls) == spent
+    grid = denoiser.schedule.grid(steps, method)
     for k in range(3):
         assert (ends.trajectory[-1, k] == latents[k][0]).all()
 
@@ -202,7 +204,7 @@ def test_each_picture_is_inverted_alone_under_its_own_conditions(opened, tmp_pat
         other = path(ends.rows.weights[(k + 1) % 3][None])
         assert (ends.trajectory[0, k] - other[0]).abs().max() > 1e-3
     again, _, _, _ = prepared(state, tmp_path, calls)
-    assert len(calls) == 3 * steps and (again.trajectory == ends.trajectory).all()
+    assert len(calls) == spent and (again.trajectory == ends.trajectory).all()
 
 
 def test_a_path_does_not_depend_on_what_else_is_in_the_film(opened, tmp_path):
